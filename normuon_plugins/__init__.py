@@ -1,0 +1,7 @@
+"""NorMuon for PyTorch Lightning, Accelerate and the Hugging Face Trainer."""
+
+from normuon_plugins.core.build import build_normuon
+from normuon_plugins.core.optimizer import NorMuon
+from normuon_plugins.core.parameter_plan import ParameterPlan, plan_parameters
+
+__all__ = ["NorMuon", "ParameterPlan", "build_normuon", "plan_parameters"]

@@ -1,0 +1,44 @@
+"""Build and prepare in one call, so that model and optimizer cannot lose each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from normuon_plugins.core.build import build_normuon
+
+# Accelerate moves the model to another device or wraps it; the parameters stay whole.
+WHOLE_PARAMETERS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+def prepare_normuon(accelerator: Accelerator, model: nn.Module, *others: Any, **options: Any) -> tuple[Any, ...]:
+    """Build NorMuon for ``model`` and prepare everything.
+
+    Args:
+        accelerator: The run's accelerator: one process or DDP.
+        model: The model, not yet prepared.
+        *others: Whatever else ``accelerator.prepare`` takes: data loaders. A scheduler needs the optimizer first:
+            build it on the returned one and call ``accelerator.prepare(scheduler)``.
+        **options: See ``build_normuon``: ``lr``, ``weight_decay``, ``overrides``, ...
+
+    Returns:
+        ``(model, optimizer, *others)``, prepared: what ``accelerator.prepare(model, optimizer, *others)`` returns.
+
+    Raises:
+        ValueError: If the accelerator shards parameters, or see ``build_normuon``.
+        TypeError: If an option is not known.
+
+    Example:
+        model, optimizer, loader = prepare_normuon(accelerator, model, loader, lr=3e-4, weight_decay=0.1)
+    """
+    if accelerator.distributed_type not in WHOLE_PARAMETERS:
+        raise ValueError(
+            f"prepare_normuon runs in one process or under DDP; this accelerator's distributed_type is"
+            f" {accelerator.distributed_type.value}."
+        )
+    optimizer = build_normuon(model, **options)
+    prepared: tuple[Any, ...] = accelerator.prepare(model, optimizer, *others)
+    return prepared

@@ -1,0 +1,1 @@
+"""Mathematics and the optimizer: torch only, no framework."""

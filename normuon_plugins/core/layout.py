@@ -1,0 +1,139 @@
+"""How the dimensions of a parameter read as matrices: neurons, inputs, independent matrices, fused blocks.
+
+A layout is one short string in the order of the parameter's dimensions:
+
+=====================  ==========================================================================================
+``"o i"``              ``nn.Linear``: rows are neurons
+``"i o"``              Hugging Face ``Conv1D``: columns are neurons
+``"o i i i"``          ``nn.Conv2d``: all input dimensions are flattened into columns
+``"e o i"``            independent matrices, one per expert
+``"o=8+4+4 i"``        fused blocks, one after the other; ``"o=4*8 i"`` is eight blocks of four neurons
+``"o%2+2 i"``          fused blocks dealt in turns: neurons 0, 1 to the first, 2, 3 to the second, 4, 5 to the first,
+... =====================  ==========================================================================================
+
+A fused block gets the update that it would get as a parameter of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+_TOKEN = re.compile(r"(?P<axis>[oie])(?:(?P<kind>[=%])(?P<blocks>\d+(?:\*\d+)?(?:\+\d+(?:\*\d+)?)*))?")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A parsed layout string; make one with ``parse_layout``.
+
+    Attributes:
+        spec: The string itself.
+        axes: One of ``"o"``, ``"i"``, ``"e"`` per dimension of the parameter.
+        blocks: Neurons of each fused block, in order; empty when the neuron axis is one block.
+        interleaved: Whether the blocks are dealt in turns (``%``) instead of standing one after the other (``=``).
+    """
+
+    spec: str
+    axes: tuple[str, ...]
+    blocks: tuple[int, ...]
+    interleaved: bool
+
+    def check(self, shape: Sequence[int]) -> None:
+        """Raise ``ValueError`` unless a parameter of ``shape`` can be read this way."""
+        if len(shape) != len(self.axes):
+            raise ValueError(
+                f"layout {self.spec!r} describes {len(self.axes)} dimensions; shape {tuple(shape)} has {len(shape)}"
+            )
+        if 0 in shape:
+            raise ValueError(f"shape {tuple(shape)} has no elements")
+        neurons, turn = shape[self.axes.index("o")], sum(self.blocks)
+        if self.blocks and not self.interleaved and turn != neurons:
+            raise ValueError(f"the blocks of layout {self.spec!r} add up to {turn}; shape {tuple(shape)} has {neurons}")
+        if self.blocks and self.interleaved and neurons % turn:
+            raise ValueError(f"the turn of layout {self.spec!r} is {turn}, which does not divide {neurons} neurons")
+
+    def block_views(self, tensor: Tensor) -> list[Tensor]:
+        """Return views of ``tensor``, one per fused block, whose ``reshape(e, rows, cols)`` is a stack of matrices.
+
+        Views, never copies: writing to one writes to ``tensor``. Works alike for a parameter, for a tensor of its
+        shape, and for its neuron state, whose input dimensions are 1.
+
+        Args:
+            tensor: One dimension per axis of the layout.
+
+        Returns:
+            Tensors of shape ``(e, o, i, ...)``, or ``(e, turns, o, i, ...)`` for interleaved blocks; ``e`` is 1
+            without an axis ``e``.
+        """
+        order = sorted(range(len(self.axes)), key=lambda dim: "eoi".index(self.axes[dim]))
+        view = tensor.permute(order)
+        if "e" not in self.axes:
+            view = view.unsqueeze(0)
+        if not self.blocks:
+            return [view]
+        neuron_dim = 1
+        if self.interleaved:
+            view = torch.unflatten(view, 1, (-1, sum(self.blocks)))
+            neuron_dim = 2
+        starts = accumulate(self.blocks[:-1], initial=0)
+        return [view.narrow(neuron_dim, start, size) for start, size in zip(starts, self.blocks, strict=True)]
+
+    def matrix_shapes(self, shape: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Return ``(count, rows, cols)`` of the matrices in each fused block of a parameter of ``shape``."""
+        sizes = list(zip(self.axes, shape, strict=True))
+        count = math.prod(size for axis, size in sizes if axis == "e")
+        neurons = math.prod(size for axis, size in sizes if axis == "o")
+        cols = math.prod(size for axis, size in sizes if axis == "i")
+        turns = neurons // sum(self.blocks) if self.interleaved else 1
+        return [(count, turns * rows, cols) for rows in self.blocks or (neurons,)]
+
+    def neuron_state_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return ``shape`` with 1 in place of every input dimension: one value per neuron."""
+        return tuple(1 if axis == "i" else size for axis, size in zip(self.axes, shape, strict=True))
+
+
+def parse_layout(spec: str) -> Layout:
+    """Read a layout string.
+
+    Args:
+        spec: Axes separated by spaces: one ``o`` (with blocks or without), at least one ``i``, at most one ``e``.
+
+    Raises:
+        ValueError: If ``spec`` is not such a string; the message shows the grammar.
+
+    Example:
+        >>> parse_layout("e i o=2*2+4").matrix_shapes((6, 5, 8))
+        [(6, 2, 5), (6, 2, 5), (6, 4, 5)]
+    """
+    tokens = [_TOKEN.fullmatch(word) for word in spec.split(" ")]
+    axes = tuple(token["axis"] for token in tokens if token)
+    fused = [token for token in tokens if token and token["kind"]]
+    well_formed = (
+        len(axes) == len(tokens)
+        and axes.count("o") == 1
+        and "i" in axes
+        and axes.count("e") <= 1
+        and all(token["axis"] == "o" for token in fused)
+    )
+    blocks = _parse_blocks(fused[0]["blocks"]) if fused and well_formed else ()
+    if not well_formed or 0 in blocks:
+        raise ValueError(
+            f"layout {spec!r} is not understood; write one letter per dimension: o neurons, i inputs, e independent"
+            ' matrices, for example "o i", "i o", "o i i i", "e o i", "o=2048+512+512 i", "o%64+64+64 i".'
+        )
+    return Layout(spec, axes, blocks, interleaved=bool(fused) and fused[0]["kind"] == "%")
+
+
+def _parse_blocks(text: str) -> tuple[int, ...]:
+    """Return ``(128, 128, 64)`` for ``"128*2+64"``."""
+    blocks: list[int] = []
+    for term in text.split("+"):
+        size, _, count = term.partition("*")
+        blocks += [int(size)] * int(count or 1)
+    return tuple(blocks)

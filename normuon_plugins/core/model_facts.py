@@ -1,0 +1,101 @@
+"""What a model says of its own modules: which are embeddings, which are output heads, who owns each parameter.
+
+Duck typing only: transformers is never imported. ``get_input_embeddings`` may raise and may return a module that is no
+``nn.Embedding``; ``get_output_embeddings`` is None for classifiers; ties are found by identity, since
+``_tied_weights_keys`` is set even where nothing is tied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class Owner(NamedTuple):
+    """A place where a parameter hangs in the module tree.
+
+    Attributes:
+        name: FQN of the parameter through this place.
+        module: The module that holds it.
+        attribute: Its name there, such as ``"weight"``.
+        parent: The module that holds ``module``; None at the root.
+    """
+
+    name: str
+    module: nn.Module
+    attribute: str
+    parent: nn.Module | None
+
+
+class ModelFacts:
+    """The module tree of one model, asked once.
+
+    Args:
+        model: Any module; it may wrap Hugging Face models at any depth.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.owners: dict[Tensor, list[Owner]] = {}
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for path, module in modules.items():
+            parent = modules[path.rpartition(".")[0]] if path else None
+            for attribute, parameter in module.named_parameters(recurse=False):
+                name = f"{path}.{attribute}" if path else attribute
+                self.owners.setdefault(parameter, []).append(Owner(name, module, attribute, parent))
+        self._embeddings = _input_embeddings(model)
+        self._heads = _output_heads(model)
+
+    def is_embedding(self, module: nn.Module) -> bool:
+        """Return whether ``module`` is an embedding, or part of what the model calls its input embeddings."""
+        return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or module in self._embeddings
+
+    def is_head(self, module: nn.Module) -> bool:
+        """Return whether ``module`` is an output head."""
+        return module in self._heads
+
+
+def _input_embeddings(model: nn.Module) -> set[nn.Module]:
+    return {part for module in _asked(model, "get_input_embeddings") for part in module.modules()}
+
+
+def _output_heads(model: nn.Module) -> set[nn.Module]:
+    """Return the output projections: what the model names so, and every Linear outside its base model.
+
+    A model without a base of its own (CLIP) ends in Linear layers of ``config.projection_dim`` outputs.
+    """
+    heads = set(_asked(model, "get_output_embeddings")) | set(_asked(model, "get_classifier"))  # the second is timm's
+    for module in model.modules():
+        if not isinstance(getattr(module, "base_model_prefix", None), str):
+            continue  # not a Hugging Face model
+        base = getattr(module, module.base_model_prefix or " ", module)  # type: ignore[arg-type]
+        trunk = set(base.modules()) if isinstance(base, nn.Module) else set()
+        heads |= {part for part in module.modules() if isinstance(part, nn.Linear) and part not in trunk}
+        width = getattr(getattr(module, "config", None), "projection_dim", None)
+        heads |= {part for part in module.children() if isinstance(part, nn.Linear) and part.out_features == width}
+    return heads or _vocabulary_head(model)
+
+
+def _vocabulary_head(model: nn.Module) -> set[nn.Module]:
+    """Return the last Linear if its outputs are the entries of the largest embedding: a model without conventions."""
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not embeddings or not linears:
+        return set()
+    vocabulary = max(embedding.num_embeddings for embedding in embeddings)
+    return {linears[-1]} if linears[-1].out_features == vocabulary else set()
+
+
+def _asked(model: nn.Module, method: str) -> Iterator[nn.Module]:
+    """Yield what ``method()`` answers for every module that has it."""
+    for module in model.modules():
+        ask = getattr(module, method, None)
+        if not callable(ask):
+            continue
+        try:
+            answer = ask()
+        except (NotImplementedError, AttributeError):  # how transformers says "this architecture has none"
+            continue
+        if isinstance(answer, nn.Module):
+            yield answer

@@ -1,0 +1,277 @@
+"""NorMuon: orthogonalized momentum with one step size per neuron, and AdamW for everything else, in one optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import Optimizer
+
+from normuon_plugins.core.adamw_step import step_adamw
+from normuon_plugins.core.group_options import check_option, check_parameter, complete_group, parameter_name
+from normuon_plugins.core.matrix_step import split_blocks, step_matrices
+from normuon_plugins.core.optimizer_state import check_loadable, create_state, restore_float32
+from normuon_plugins.core.update_rules import update_momentum
+
+# 128 MiB holds the matrices of one shape of a 124M model, and one 4096 x 14336 matrix of Llama-3-8B, in bfloat16.
+DEFAULT_BUCKET_BYTES = 128 * 2**20
+
+
+class NorMuon(Optimizer):
+    r"""NorMuon for hidden weight matrices, AdamW for the rest.
+
+    For a matrix parameter with ``m`` neurons (rows) and ``n`` inputs (columns), as in Algorithm 1 of
+    https://arxiv.org/abs/2510.05491::
+
+        M <- momentum * M + (1 - momentum) * G
+        O  = NewtonSchulz(M)                       or of momentum * M + (1 - momentum) * G with nesterov=True
+        v <- beta2 * v + (1 - beta2) * mean_cols(O * O)
+        N  = O / (sqrt(v) + eps)
+        W <- (1 - lr * weight_decay) * W - lr * scale * N
+
+    ``plan_parameters(model).param_groups()`` gives the groups of a model; ``build_normuon(model, ...)`` does both. A
+    group says ``algorithm`` (``"normuon"`` or ``"adamw"``) and, for matrices, ``layout`` (see
+    ``normuon_plugins.core.layout``); a bare group is ``"normuon"`` with layout ``"o i"`` and takes 2-D parameters only.
+
+    Args:
+        params: Parameters, ``(name, parameter)`` pairs, or groups. Names make the error messages better.
+        lr: Learning rate, a float or a one-element tensor. With the default ``adjust_lr_fn``, one tuned for AdamW
+            works.
+        weight_decay: Decoupled, multiplied by ``lr``, on matrix parameters.
+        momentum: Decay of the first moment, in ``[0, 1)``.
+        nesterov: Look one step ahead with the same gradient.
+        ns_coefficients: ``"muon"``, ``"polar_express"`` or ``(a, b, c)``.
+        eps: Added to ``sqrt(v)``, in units of the orthogonalized update.
+        ns_steps: Newton-Schulz steps, 1 to 99.
+        adjust_lr_fn: ``"match_rms_adamw"``: the update's RMS is ``0.2 * lr`` (the paper). ``"original"``: Muon's
+            norm and shape factor (the authors' code).
+        beta2: Decay of the second moment of each neuron, in ``[0, 1)``.
+        normalize_neurons: False is plain Muon from the same code.
+        adamw_lr: Learning rate of the AdamW groups; None means ``lr``.
+        adamw_betas: Betas of the AdamW groups.
+        adamw_eps: Epsilon of the AdamW groups.
+        adamw_weight_decay: Weight decay of AdamW groups that do not say their own.
+        ns_dtype: Dtype of the products, a ``torch.dtype`` or its name; None takes bfloat16 where the device
+            multiplies it fast, else float32.
+        nonfinite: What a gradient with NaN or infinity does. ``"propagate"``: as in torch. ``"skip"``: that
+            parameter and its state stay as they are, counted in ``skipped_steps``. ``"raise"``:
+            ``FloatingPointError`` with its name, before any write.
+        bucket_bytes: Bound on the matrices multiplied in one batch, in bytes; the transient memory of a step is a
+            few times this.
+        orthogonalize_fn: Replaces Newton-Schulz: a function from ``(batch, rows, cols)`` to a new tensor like it.
+
+    Raises:
+        ValueError: If an option is out of range, or a parameter does not fit its group; the message names it.
+        TypeError: If a parameter is complex or not floating point.
+
+    Attributes:
+        skipped_steps: Updates of single parameters left out so far under ``nonfinite="skip"``, in this process.
+
+    Differences from the paper and from the authors' code:
+        - ``adjust_lr_fn="original"`` is the authors' scaling; the default is the paper's.
+        - ``p.grad`` is never written, and float32 parameters work (the authors' code writes the one and refuses the
+        other).
+        - Newton-Schulz divides by the exact norm of each matrix, without an epsilon, so tiny gradients keep their
+        direction.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.eye(2))
+        >>> optimizer = NorMuon([("weight", weight)], lr=0.1, weight_decay=0.0)
+        >>> weight.sum().backward()
+        >>> optimizer.step()
+    """
+
+    skipped_steps: int = 0
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = False,
+        ns_coefficients: str | Sequence[float] = "muon",
+        eps: float = 1e-8,
+        ns_steps: int = 5,
+        adjust_lr_fn: str = "match_rms_adamw",
+        *,
+        beta2: float = 0.95,
+        normalize_neurons: bool = True,
+        adamw_lr: float | Tensor | None = None,
+        adamw_betas: Sequence[float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        adamw_weight_decay: float = 0.0,
+        ns_dtype: torch.dtype | str | None = None,
+        nonfinite: str = "propagate",
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        orthogonalize_fn: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        options = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+            "beta2": beta2,
+            "normalize_neurons": normalize_neurons,
+            "adamw_lr": adamw_lr,
+            "adamw_betas": tuple(adamw_betas),
+            "adamw_eps": adamw_eps,
+            "adamw_weight_decay": adamw_weight_decay,
+            "ns_dtype": ns_dtype,
+            "nonfinite": nonfinite,
+            "bucket_bytes": bucket_bytes,
+            "orthogonalize_fn": orthogonalize_fn,
+        }
+        for name, value in options.items():
+            if not (name == "adamw_lr" and value is None):
+                check_option(name, value)
+        super().__init__(params, options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, as in torch; missing keys take the values given to ``__init__``.
+
+        Raises:
+            ValueError: If a value or a parameter is refused; the optimizer is then as it was.
+            TypeError: If a parameter is complex or not floating point.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}.")
+        group = complete_group(param_group, self.defaults)
+        own_keys = {*group, "param_names"}
+        super().add_param_group(group)
+        for key in group.keys() - own_keys:
+            del group[key]  # torch adds every default; a group holds the keys of its own algorithm
+        try:
+            for index, parameter in enumerate(group["params"]):
+                check_parameter(parameter, parameter_name(group, index), group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned; second moments stay float32 for parameters of any dtype.
+
+        Raises:
+            ValueError: If another optimizer wrote it, or a parameter was on another algorithm or had another shape. The
+                optimizer is then as it was.
+        """
+        check_loadable(self.param_groups, state_dict)
+        # A checkpoint of an older version may lack a key that groups have now.
+        groups = [complete_group(group, self.defaults) for group in state_dict["param_groups"]]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+        restore_float32(self.state, self.param_groups, state_dict)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step.
+
+        Nothing is written before all parameters and gradients of all groups were checked. State exists for every
+        trainable parameter afterwards; one whose gradient is None is otherwise left alone.
+
+        Args:
+            closure: Reevaluates the model and returns the loss; called once, first.
+
+        Returns:
+            The closure's result, else None.
+
+        Raises:
+            ValueError: If a parameter does not fit its group, or a gradient is sparse; names it.
+            FloatingPointError: Under ``nonfinite="raise"``; names the parameters.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        trainable = self._check_trainable()
+        live = self._drop_nonfinite([member for member in trainable if member.parameter.grad is not None])
+        for member in trainable:
+            if member.parameter not in self.state:
+                self.state[member.parameter] = create_state(member.parameter, member.group)
+        self._step_matrices([member for member in live if member.group["algorithm"] == "normuon"])
+        for group in self.param_groups:
+            self._step_adamw([member for member in live if member.group is group and group["algorithm"] == "adamw"])
+        return loss
+
+    def _check_trainable(self) -> list[_Member]:
+        """Return every parameter that requires a gradient; raise if any of them cannot be stepped."""
+        members = []
+        for group in self.param_groups:
+            for index, parameter in enumerate(group["params"]):
+                if parameter.requires_grad:
+                    member = _Member(parameter, group, parameter_name(group, index))
+                    _check_member(member)
+                    members.append(member)
+        return members
+
+    def _drop_nonfinite(self, members: list[_Member]) -> list[_Member]:
+        """Return the members that take part in this step under ``nonfinite=``; one synchronization unless it
+        propagates."""
+        policy = self.defaults["nonfinite"]
+        if policy == "propagate" or not members:
+            return members
+        flags = [torch.isfinite(member.gradient).all() for member in members]
+        finite = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
+        bad = [member.name for member, ok in zip(members, finite, strict=True) if not ok]
+        if bad and policy == "raise":
+            raise FloatingPointError(f"gradient with NaN or infinity in {bad}; nothing was changed.")
+        self.skipped_steps += len(bad)
+        return [member for member, ok in zip(members, finite, strict=True) if ok]
+
+    def _step_matrices(self, members: list[_Member]) -> None:
+        blocks = []
+        for member in members:
+            state = self.state[member.parameter]
+            update_momentum(state["momentum_buffer"], member.gradient, momentum=member.group["momentum"])
+            blocks += split_blocks(member.parameter, member.gradient, state, member.group)
+        step_matrices(
+            blocks,
+            bucket_bytes=self.defaults["bucket_bytes"],
+            orthogonalize_fn=self.defaults["orthogonalize_fn"],
+        )
+
+    def _step_adamw(self, members: list[_Member]) -> None:
+        if members:
+            step_adamw(
+                [member.parameter for member in members],
+                [member.gradient for member in members],
+                [self.state[member.parameter] for member in members],
+                members[0].group,
+            )
+
+
+class _Member(NamedTuple):
+    """A trainable parameter with its group and its name for messages."""
+
+    parameter: Tensor
+    group: Mapping[str, Any]
+    name: str
+
+    @property
+    def gradient(self) -> Tensor:
+        assert self.parameter.grad is not None
+        return self.parameter.grad
+
+
+def _check_member(member: _Member) -> None:
+    """Raise unless the parameter and its gradient can be stepped; see ``check_parameter``."""
+    check_parameter(member.parameter, member.name, member.group)
+    if isinstance(member.parameter, DTensor):
+        raise ValueError(
+            f"{member.name!r} is sharded (a DTensor). This version steps whole parameters: one process or DDP."
+        )
+    gradient = member.parameter.grad
+    if gradient is not None and gradient.layout != torch.strided:
+        raise ValueError(f"{member.name!r} has a sparse gradient; build its embedding with sparse=False.")

@@ -1,0 +1,91 @@
+"""What the optimizer remembers of a parameter: creation, and the checks and precision of loading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normuon_plugins.core.group_options import parameter_name
+from normuon_plugins.core.layout import parse_layout
+
+# float32 whatever the parameter's dtype: a decay of 0.05 per step is below bfloat16's resolution, and counting steps
+# ends at 256.
+FLOAT32_STATE = frozenset({"second_momentum_buffer", "step"})
+
+
+def state_shapes(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each state tensor of a parameter, by its key.
+
+    ``momentum_buffer`` and ``second_momentum_buffer`` (one value per neuron) for NorMuon; ``exp_avg``,
+    ``exp_avg_sq`` and ``step`` as in ``torch.optim.AdamW``.
+    """
+    shape = tuple(parameter.shape)
+    if group["algorithm"] == "adamw":
+        return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+    return {
+        "momentum_buffer": shape,
+        "second_momentum_buffer": parse_layout(group["layout"]).neuron_state_shape(shape),
+    }
+
+
+def create_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return zeros for every key of ``state_shapes``, on the parameter's device."""
+    state = {}
+    for key, shape in state_shapes(parameter, group).items():
+        if key in FLOAT32_STATE:
+            state[key] = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
+        else:
+            state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return state
+
+
+def check_loadable(param_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` unless a NorMuon with these parameters on these algorithms wrote ``state_dict``.
+
+    A parameter that moved from one algorithm to the other would otherwise silently get the other's state.
+    """
+    for group, saved_group in zip(param_groups, state_dict["param_groups"], strict=False):
+        if "algorithm" not in saved_group:
+            raise ValueError(
+                "The checkpoint's groups have no 'algorithm': another optimizer wrote it. Resume with that one, or"
+                " start NorMuon without its state."
+            )
+        for index, (parameter, saved_id) in enumerate(zip(group["params"], saved_group["params"], strict=False)):
+            saved = state_dict["state"].get(saved_id)
+            if saved:
+                _check_saved_state(parameter, parameter_name(group, index), group, saved)
+
+
+def _check_saved_state(parameter: Tensor, name: str, group: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` when ``saved`` has other keys or shapes than the state of ``parameter``."""
+    expected = state_shapes(parameter, group)
+    if saved.keys() != expected.keys():
+        raise ValueError(
+            f"{name!r} is on {group['algorithm']!r} here; its checkpoint holds {sorted(saved)}."
+            " Load with the plan (overrides) that the checkpoint was written with."
+        )
+    for key, shape in expected.items():
+        if tuple(saved[key].shape) != shape:
+            raise ValueError(
+                f"{name!r}: {key} has shape {tuple(saved[key].shape)} in the checkpoint and needs {shape} here."
+            )
+
+
+def restore_float32(
+    state: Mapping[Tensor, dict[str, Any]], param_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]
+) -> None:
+    """Put back what ``Optimizer.load_state_dict`` cast to the parameter's dtype, on the parameter's device.
+
+    torch exempts only ``step``, and leaves that on the device it was saved from
+    (``_process_value_according_to_param_policy`` in torch/optim/optimizer.py).
+    """
+    parameters = chain.from_iterable(group["params"] for group in param_groups)
+    saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    for parameter, saved_id in zip(parameters, saved_ids, strict=True):
+        saved = state_dict["state"].get(saved_id, {})
+        for key in FLOAT32_STATE & saved.keys():
+            state[parameter][key] = saved[key].to(device=parameter.device, dtype=torch.float32)

@@ -1,0 +1,179 @@
+"""Which parameter gets which algorithm and layout, and why: an auditable table, and the groups it stands for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normuon_plugins.core.layout import parse_layout
+from normuon_plugins.core.model_facts import ModelFacts
+from normuon_plugins.core.parameter_rules import LORA_POLICIES, Decision, decide
+from normuon_plugins.core.plan_table import PlannedParameter, format_plan
+
+TRAINABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class ParameterPlan:
+    """The rows of a plan in ``named_parameters()`` order; ``print`` it before a long run."""
+
+    def __init__(self, rows: list[PlannedParameter]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[PlannedParameter]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, name: str) -> PlannedParameter:
+        """Return the row of the parameter called ``name``.
+
+        Raises:
+            KeyError: If the plan has no such trainable parameter.
+        """
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(name)
+
+    def __str__(self) -> str:
+        return format_plan(self.rows)
+
+    def param_groups(
+        self, *, weight_decay: float | None = None, adamw_weight_decay: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Return the groups for ``NorMuon``: the matrices by layout first, then AdamW with decay and without.
+
+        Args:
+            weight_decay: Of the matrices; None leaves it to ``NorMuon``'s own argument.
+            adamw_weight_decay: Of embeddings, heads and other AdamW parameters that decay; None likewise.
+
+        Returns:
+            Dicts of ``name``, ``algorithm``, ``layout`` and ``(name, parameter)`` pairs; every row in exactly one,
+            none empty.
+        """
+        groups: dict[str, dict[str, Any]] = {}
+        for row in sorted(self.rows, key=lambda row: row.algorithm != "normuon"):
+            group = groups.setdefault(
+                row.group_name, {"name": row.group_name, "algorithm": row.algorithm, "params": []}
+            )
+            group["params"].append((row.name, row.parameter))
+            decay = weight_decay if row.layout is not None else adamw_weight_decay
+            if row.layout is not None:
+                group["layout"] = row.layout
+            if not row.decay:
+                group["weight_decay"] = 0.0
+            elif decay is not None:
+                group["weight_decay"] = decay
+        return list(groups.values())
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """Return the rows as dicts of JSON types."""
+        keys = ("name", "shape", "algorithm", "layout", "decay", "reason")
+        return [{key: list(row.shape) if key == "shape" else getattr(row, key) for key in keys} for row in self.rows]
+
+
+def plan_parameters(
+    model: nn.Module, *, overrides: Mapping[str, str] | None = None, lora: str = "adamw"
+) -> ParameterPlan:
+    """Decide for every trainable parameter of ``model`` between NorMuon and AdamW.
+
+    Args:
+        model: Any module. Frozen parameters are left out; tied weights are planned once.
+        overrides: Regular expression, searched in the FQN (any of them for a tied weight) -> ``"normuon"``,
+            ``"adamw"`` or a layout string such as ``"e o i"``. ``"normuon"`` keeps the layout that the rules found,
+            or takes ``"o i"`` for a 2-D parameter.
+        lora: Where LoRA factors go: ``"adamw"``, ``"normuon"``, or ``"b"`` for NorMuon on the B factors only.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: If an override matches nothing, contradicts another or does not fit its parameter, if a parameter
+            cannot be trained at all, or if no matrix is left for NorMuon; the message says what was seen.
+
+    Example:
+        >>> plan = plan_parameters(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
+        >>> [(row.name, row.algorithm) for row in plan]
+        [('0.weight', 'normuon'), ('0.bias', 'adamw'), ('2.weight', 'normuon'), ('2.bias', 'adamw')]
+    """
+    if lora not in LORA_POLICIES:
+        raise ValueError(f"lora={lora!r} must be one of {LORA_POLICIES}.")
+    facts = ModelFacts(model)
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    chosen = _match_overrides(overrides or {}, trainable, facts)
+    rows = []
+    for name, parameter in trainable.items():
+        if parameter.dtype not in TRAINABLE_DTYPES:
+            raise ValueError(f"{name!r} requires a gradient but is {parameter.dtype}; freeze it or cast the model.")
+        decision = decide(parameter, facts, lora)
+        if name in chosen:
+            decision = _apply_override(name, parameter, chosen[name], decision)
+        algorithm = "adamw" if decision.layout is None else "normuon"
+        shape = tuple(parameter.shape)
+        rows.append(
+            PlannedParameter(name, shape, algorithm, decision.layout, decision.decay, decision.reason, parameter)
+        )
+    _refuse_empty(model, rows)
+    return ParameterPlan(rows)
+
+
+def _match_overrides(
+    overrides: Mapping[str, str], trainable: Mapping[str, Tensor], facts: ModelFacts
+) -> dict[str, str]:
+    """Return the override of each parameter that one matches."""
+    chosen: dict[str, str] = {}
+    pattern_of: dict[str, str] = {}
+    for pattern, target in overrides.items():
+        matched = [
+            name
+            for name, parameter in trainable.items()
+            if any(re.search(pattern, owner.name) for owner in facts.owners[parameter])
+        ]
+        if not matched:
+            raise ValueError(
+                f"override {pattern!r} matches no trainable parameter; the names begin {list(trainable)[:3]}."
+            )
+        for name in matched:
+            if name in chosen:
+                raise ValueError(
+                    f"overrides {pattern_of[name]!r} and {pattern!r} both match {name!r}; narrow one of them."
+                )
+            chosen[name], pattern_of[name] = target, pattern
+    return chosen
+
+
+def _apply_override(name: str, parameter: Tensor, target: str, decision: Decision) -> Decision:
+    """Return the decision that ``target`` asks for; see ``plan_parameters``."""
+    if target == "adamw":
+        return Decision(None, "override", decision.decay)
+    if target == "normuon":
+        target = decision.layout or "o i"
+    try:
+        parse_layout(target).check(parameter.shape)
+    except ValueError as error:
+        raise ValueError(f"override of {name!r}: {error}. Use 'adamw' or a layout that fits.") from None
+    return Decision(target, "override")
+
+
+def _refuse_empty(model: nn.Module, rows: list[PlannedParameter]) -> None:
+    """Raise ``ValueError`` when no row is a matrix parameter, saying what was seen instead."""
+    if any(row.algorithm == "normuon" for row in rows):
+        return
+    every = list(model.parameters())
+    if not every:
+        seen = "the model has no parameters"
+    elif any(hasattr(parameter, "ds_shape") for parameter in every):
+        seen = "the parameters are placeholders of DeepSpeed ZeRO-3, which this optimizer does not support; use FSDP2"
+    elif any(hasattr(parameter, "_fsdp_flattened") for parameter in every):
+        seen = "the parameters are flat 1-D shards of FSDP1; use FSDP2 (fully_shard)"
+    elif not rows:
+        seen = f"all {len(every)} parameters are frozen"
+    else:
+        reasons = sorted({row.reason for row in rows})
+        seen = f"all {len(rows)} trainable parameters went to AdamW ({'; '.join(reasons)}); use overrides"
+    raise ValueError(f"There is no matrix for NorMuon: {seen}.")

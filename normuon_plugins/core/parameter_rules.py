@@ -1,0 +1,177 @@
+"""Which algorithm and layout a parameter gets: ordered rules, the first match decides, each with its reason.
+
+A rule goes by the module that owns the parameter, never by the name of the model or of the parameter alone. What no
+rule recognises goes to AdamW, which is safe for everything.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from normuon_plugins.core.layout import parse_layout
+from normuon_plugins.core.model_facts import ModelFacts, Owner
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# An image has at most RGB and depth; more input channels mean that the convolution reads features.
+IMAGE_CHANNELS = 4
+LORA_POLICIES = ("adamw", "normuon", "b")
+
+
+class Decision(NamedTuple):
+    """What a rule says of a parameter.
+
+    Attributes:
+        layout: Layout string of a matrix parameter; None means AdamW.
+        reason: One phrase for the table.
+        decay: Whether weight decay applies to it.
+    """
+
+    layout: str | None
+    reason: str
+    decay: bool = True
+
+
+def decide(parameter: Tensor, facts: ModelFacts, lora: str) -> Decision:
+    """Return the decision of the first rule that recognises ``parameter`` at any place where it hangs.
+
+    Args:
+        parameter: A trainable parameter of the model behind ``facts``.
+        facts: The model.
+        lora: One of ``LORA_POLICIES``.
+    """
+    owners = facts.owners[parameter]
+    if parameter.ndim < 2:
+        return Decision(None, f"{parameter.ndim}-D: bias, gain or scalar", decay=False)
+    for owner in owners:
+        if found := _lora(owner, lora):
+            return found if found.layout is None else _matrix(parameter, found)
+    for owner in owners:
+        if found := _table_or_head(owner, facts) or _router(owner, parameter):
+            return found
+    for owner in owners:
+        if found := _projection(owner) or _convolution(owner) or _experts(owner, parameter):
+            return found if found.layout is None else _matrix(parameter, found)
+    owner = owners[0]
+    kind = type(owner.module).__name__
+    if owner.attribute.endswith("bias"):
+        return Decision(None, f"bias of {kind}", decay=False)
+    # transformers marks state-space matrices that must not decay (A_log, D of Mamba) with this attribute.
+    decay = not getattr(parameter, "_no_weight_decay", False)
+    return Decision(None, f"not recognised: {owner.attribute!r} of {kind}", decay)
+
+
+def _matrix(parameter: Tensor, decision: Decision) -> Decision:
+    """Return ``decision``, or AdamW where its matrices are single rows or columns."""
+    assert decision.layout is not None
+    for _, rows, cols in parse_layout(decision.layout).matrix_shapes(parameter.shape):
+        if min(rows, cols) <= 1:
+            return Decision(None, f"{decision.reason}, but {rows} x {cols} is no matrix")
+    return decision
+
+
+def _lora(owner: Owner, policy: str) -> Decision | None:
+    """LoRA factors (PEFT): by policy, before anything else would see two ordinary Linear layers."""
+    parts = owner.name.split(".")
+    factor = next((part[-1] for part in parts if part in ("lora_A", "lora_B")), None)
+    if factor is None:
+        return None
+    on_normuon = policy == "normuon" or (policy == "b" and factor == "B")
+    return Decision("o i" if on_normuon else None, f"LoRA factor {factor}, lora={policy!r}")
+
+
+def _table_or_head(owner: Owner, facts: ModelFacts) -> Decision | None:
+    if facts.is_embedding(owner.module):
+        return Decision(None, "embedding")
+    if facts.is_head(owner.module):
+        return Decision(None, "output head")
+    return None
+
+
+def _router(owner: Owner, parameter: Tensor) -> Decision | None:
+    """Routers score experts: one row per expert that stands beside them."""
+    if parameter.ndim != 2 or owner.attribute != "weight":
+        return None
+    rows = parameter.shape[0]
+    if rows == 1 and isinstance(owner.module, nn.Linear):
+        return Decision(None, "gate with one output")
+    siblings = owner.parent.children() if owner.parent is not None else ()
+    if rows in _expert_counts(owner.module) or any(rows in _expert_counts(module) for module in siblings):
+        return Decision(None, "router: one row per expert")
+    return None
+
+
+def _expert_counts(module: nn.Module) -> set[int]:
+    """Return the numbers of experts that ``module`` may hold: as an attribute, as a list, as stacked weights."""
+    if isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
+        return set()  # a Conv1d's weight is 3-D too
+    counts = {parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.ndim == 3}
+    if isinstance(getattr(module, "num_experts", None), int):
+        counts.add(module.num_experts)  # type: ignore[arg-type]
+    if isinstance(module, nn.ModuleList) and any("expert" in type(child).__name__.lower() for child in module):
+        counts.add(len(module))
+    return counts
+
+
+def _projection(owner: Owner) -> Decision | None:
+    module, attribute = owner.module, owner.attribute
+    if isinstance(module, nn.Linear) and attribute == "weight":
+        return Decision("o i", type(module).__name__)
+    # transformers.pytorch_utils.Conv1D, known by its only size attribute: nf, the number of outputs.
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and attribute == "weight":
+        return Decision("i o", "Conv1D, stored (in, out)")
+    if isinstance(module, nn.MultiheadAttention):
+        if attribute == "in_proj_weight":
+            size = module.embed_dim
+            return Decision(f"o={size}+{size}+{size} i", "query, key and value of MultiheadAttention")
+        if attribute in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            return Decision("o i", "projection of MultiheadAttention")
+    return None
+
+
+def _convolution(owner: Owner) -> Decision | None:
+    module, kind = owner.module, type(owner.module).__name__
+    if owner.attribute != "weight" or not isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
+        return None
+    kernel = " i" * len(module.kernel_size)
+    if module.in_channels == module.groups:
+        return Decision(None, f"{kind} with one input channel per group")
+    if isinstance(module, TRANSPOSED_CONVOLUTIONS):
+        return Decision("i o" + kernel, kind)
+    if module.kernel_size == module.stride and module.in_channels <= IMAGE_CHANNELS and max(module.kernel_size) > 1:
+        return Decision(None, f"{kind} that embeds patches")
+    return Decision("o i" + kernel, kind)
+
+
+def _experts(owner: Owner, parameter: Tensor) -> Decision | None:
+    """Stacked expert weights, (E, out, in) or (E, in, out), told apart by the module's flag or its pair of weights."""
+    if parameter.ndim != 3:
+        return None
+    module, kind = owner.module, type(owner.module).__name__
+    transposed = getattr(module, "is_transposed", None)
+    if isinstance(transposed, bool):
+        return Decision("e i o" if transposed else "e o i", f"experts, is_transposed={transposed}")
+    up, down = _expert_pair(module)
+    if up is not None and down is not None:
+        stored_out_in = up.shape[2] == down.shape[1]
+        stored_in_out = up.shape[1] == down.shape[2]
+        if stored_out_in and stored_in_out:  # up (a, b), down (b, a): only the model's width can tell
+            width = getattr(module, "hidden_size", getattr(module, "hidden_dim", None))
+            stored_in_out = width == up.shape[1] and width != up.shape[2]
+            stored_out_in = not stored_in_out
+        if stored_out_in:
+            return Decision("e o i", f"experts of {kind}, stored (experts, out, in)")
+        if stored_in_out:
+            return Decision("e i o", f"experts of {kind}, stored (experts, in, out)")
+    if owner.attribute == "weight" and getattr(module, "num_experts", None) == parameter.shape[0]:
+        return Decision("e o i", f"experts of {kind}, stored (experts, out, in)")
+    return None
+
+
+def _expert_pair(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Return the stacked weights into and out of the experts' hidden layer, where a module holds both."""
+    stacks = {name: weight for name, weight in module.named_parameters(recurse=False) if weight.ndim == 3}
+    up = next((stacks[name] for name in ("gate_up_proj", "up_proj", "gate_proj") if name in stacks), None)
+    return up, stacks.get("down_proj")

@@ -1,0 +1,108 @@
+"""The rows of a plan, and the table a person reads: repeated layers folded, shares at the end."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+@dataclass(frozen=True)
+class PlannedParameter:
+    """One row of the plan.
+
+    Attributes:
+        name: FQN, as ``named_parameters()`` gives it; tied weights appear once, under the first name.
+        shape: Of the whole parameter.
+        algorithm: ``"normuon"`` or ``"adamw"``.
+        layout: Layout string of a matrix parameter, else None.
+        decay: Whether weight decay applies: ``weight_decay`` to matrices, ``adamw_weight_decay`` to the rest.
+        reason: Why, in a phrase.
+        parameter: The parameter itself.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    algorithm: str
+    layout: str | None
+    decay: bool
+    reason: str
+    parameter: Tensor
+
+    @property
+    def group_name(self) -> str:
+        """Name of the parameter group it belongs to."""
+        if self.layout is not None:
+            return f"normuon_{self.layout.replace(' ', '_')}"
+        return "adamw" if self.decay else "adamw_no_decay"
+
+
+def format_plan(rows: Sequence[PlannedParameter]) -> str:
+    """Return the table: one line per kind of parameter, then counts and shares of parameters per algorithm."""
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        size = " x ".join(map(str, row.shape)) or "scalar"
+        cells = (size, row.algorithm, row.layout or "-", "yes" if row.decay else "no", row.reason)
+        kinds.setdefault((_NUMBER.sub("{}", row.name), *cells), []).append(row.name)
+    lines: list[tuple[str, ...]] = [("parameter", "shape", "algorithm", "layout", "decay", "reason")]
+    for kind, names in kinds.items():
+        lines += [(name, *kind[1:]) for name in fold_names(names)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]) - 1)]
+    table = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]) for line in lines
+    ]
+    table.insert(1, "-" * max(map(len, table)))
+    return "\n".join([*table, "", *_shares(rows)])
+
+
+def fold_names(names: Sequence[str]) -> list[str]:
+    """Return ``["layers.{0-3}.weight"]`` for the four names it stands for.
+
+    Args:
+        names: Names that differ in their numeric parts only.
+
+    Returns:
+        Patterns that stand for exactly ``names``: two ranges in one pattern mean that every combination exists.
+    """
+    numbers = [tuple(int(number) for number in _NUMBER.findall(name)) for name in names]
+    template = _NUMBER.sub("{}", names[0])
+    return [template.format(*map(_ranges, axes)) for axes in _boxes(sorted(set(numbers)))]
+
+
+def _boxes(points: Sequence[tuple[int, ...]]) -> list[list[list[int]]]:
+    """Divide points into full boxes (a list of coordinates per axis), splitting along the first axis where needed."""
+    axes = [sorted(set(coordinates)) for coordinates in zip(*points, strict=True)]
+    if math.prod(map(len, axes)) == len(points):
+        return [axes]
+    tails: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+    for first in axes[0]:
+        tail = tuple(point[1:] for point in points if point[0] == first)
+        tails.setdefault(tail, []).append(first)
+    return [[firsts, *box] for tail, firsts in tails.items() for box in _boxes(tail)]
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Return ``"{0-3,5}"`` for 0, 1, 2, 3, 5, and ``"4"`` for 4 alone."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    text = ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return text if text.isdigit() else f"{{{text}}}"
+
+
+def _shares(rows: Sequence[PlannedParameter]) -> list[str]:
+    """Return a line per algorithm: how many tensors, how many numbers, which share."""
+    total = sum(math.prod(row.shape) for row in rows) or 1
+    lines = []
+    for algorithm in ("normuon", "adamw"):
+        sizes = [math.prod(row.shape) for row in rows if row.algorithm == algorithm]
+        lines.append(f"{algorithm:8} {len(sizes):6} tensors {sum(sizes):16,} parameters {sum(sizes) / total:7.1%}")
+    return lines
