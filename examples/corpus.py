@@ -1,0 +1,145 @@
+"""Text on disk in, blocks of tokens out: shared by the three training programs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import AutoTokenizer
+
+END_OF_TEXT = "<|endoftext|>"
+# Every 20th document is held out, 5 % of the corpus.
+VALIDATION_EVERY = 20
+
+
+class Blocks(Dataset):
+    """Consecutive blocks of a token stream, each an example of its own.
+
+    Args:
+        tokens: The stream, shape ``(length,)``, integers.
+        length: Tokens per block; what is left at the end is dropped.
+    """
+
+    def __init__(self, tokens: Tensor, length: int) -> None:
+        if len(tokens) < length:
+            raise ValueError(f"the text has {len(tokens)} tokens, less than one block of {length}; give more text")
+        self.blocks = tokens[: len(tokens) // length * length].view(-1, length)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        block = self.blocks[index].long()
+        return {"input_ids": block, "labels": block}
+
+
+def standard_library() -> Path:
+    """Return the folder of the running Python's own source code."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def read_documents(paths: list[Path]) -> Iterator[str]:
+    """Yield the text of every file, and of every text file below every folder, in a fixed order.
+
+    The tests and site-packages inside a Python installation are left out: they are large and not alike between machines.
+    """
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"--text {path}: no such file or folder")
+        files = [path] if path.is_file() else sorted(path.rglob("*"))
+        for file in files:
+            inside = file.relative_to(path).parts
+            if not file.is_file() or {"test", "tests", "site-packages", "idlelib", "__pycache__"} & set(inside):
+                continue
+            if path.is_dir() and file.suffix not in {".py", ".txt", ".md", ".rst"}:
+                continue
+            yield file.read_text(encoding="utf-8", errors="replace")
+
+
+def load_documents(text: list[Path], dataset: str | None) -> list[str]:
+    """Return the documents of ``--text`` or of the hub dataset's ``text`` column; the standard library by default."""
+    if dataset:
+        from datasets import load_dataset
+
+        return list(load_dataset(dataset, split="train")["text"])
+    documents = [document for document in read_documents(text or [standard_library()]) if document.strip()]
+    if len(documents) == 1:  # one long file: its paragraphs are the documents
+        documents = documents[0].split("\n\n")
+    if len(documents) < VALIDATION_EVERY:
+        raise ValueError(f"{len(documents)} documents cannot be divided; give at least {VALIDATION_EVERY} files or paragraphs")
+    return documents
+
+
+def train_tokenizer(documents: list[str], vocabulary: int) -> Tokenizer:
+    """Train a byte-level BPE tokenizer."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return tokenizer
+
+
+def load_corpus(
+    *,
+    text: list[Path],
+    dataset: str | None,
+    model: str | None,
+    vocabulary: int,
+    sequence_length: int,
+    cache: Path,
+) -> tuple[Blocks, Blocks, int]:
+    """Return the training blocks, the validation blocks and the size of the vocabulary.
+
+    Tokenizer and tokens are cached under ``cache``, by the content of the documents.
+
+    Args:
+        text: Files and folders; empty for the standard library.
+        dataset: Name of a hub dataset, instead of ``text``.
+        model: Hub name or folder whose tokenizer is used; None trains one.
+        vocabulary: Size of the tokenizer that is trained.
+        sequence_length: Tokens per block.
+        cache: Folder, created if missing.
+    """
+    documents = load_documents(text, dataset)
+    digest = hashlib.sha256(json.dumps([documents, model, vocabulary]).encode()).hexdigest()[:16]
+    file = cache / f"tokens-{digest}.pt"
+    if not file.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        if model:
+            tokenizer = AutoTokenizer.from_pretrained(model).backend_tokenizer
+            end = tokenizer.token_to_id(AutoTokenizer.from_pretrained(model).eos_token)
+        else:
+            tokenizer = train_tokenizer(documents, vocabulary)
+            end = tokenizer.token_to_id(END_OF_TEXT)
+        encoded = [torch.tensor([*encoding.ids, end]) for encoding in tokenizer.encode_batch(documents)]
+        held_out = encoded[::VALIDATION_EVERY]
+        del encoded[::VALIDATION_EVERY]
+        partial = file.with_suffix(".partial")
+        torch.save(
+            {
+                "training": torch.cat(encoded).int(),
+                "validation": torch.cat(held_out).int(),
+                "vocabulary": tokenizer.get_vocab_size(),
+            },
+            partial,
+        )
+        partial.replace(file)  # an interrupted run leaves no half file
+    tokens = torch.load(file)
+    return (
+        Blocks(tokens["training"], sequence_length),
+        Blocks(tokens["validation"], sequence_length),
+        tokens["vocabulary"],
+    )

@@ -1,0 +1,103 @@
+"""What the three training programs have in common: their arguments, their model, their optimizer options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from corpus import Blocks, load_corpus
+from torch import nn
+from torch.utils.data import Subset
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from normuon_plugins.core.orthogonalize import fast_matmul_dtype
+
+OPTIMIZERS = ("adamw", "muon", "normuon")
+# AdamW's betas for language models, the same for every contender (NorMuon's AdamW groups have them by default).
+BETAS = (0.9, 0.95)
+
+
+def parse_arguments(description: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; ``arguments`` takes its place where a program calls another."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--text", type=Path, nargs="+", default=[], help="files or folders; Python's own source if absent")
+    data.add_argument("--dataset", help="name of a hub dataset with a column 'text', instead of --text")
+    data.add_argument("--vocabulary", type=int, default=2048, help="size of the tokenizer trained on the corpus")
+    data.add_argument("--sequence-length", type=int, default=128, help="tokens per example")
+    data.add_argument("--cache", type=Path, default=Path("runs/cache"), help="folder for the tokenized corpus")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", help="hub name or local folder of a causal language model; a small Llama if absent")
+    model.add_argument("--width", type=int, default=192, help="hidden size of the small Llama, a multiple of 64")
+    model.add_argument("--layers", type=int, default=4, help="layers of the small Llama")
+    training = parser.add_argument_group("training")
+    training.add_argument("--optim", choices=OPTIMIZERS, default="normuon")
+    training.add_argument("--lr", type=float, default=4e-3, help="learning rate, the same for every optimizer")
+    training.add_argument("--weight-decay", type=float, default=0.1)
+    training.add_argument("--steps", type=int, default=180, help="optimizer steps")
+    training.add_argument("--batch-size", type=int, default=16, help="examples per process and step")
+    training.add_argument("--warmup", type=int, default=20, help="steps of linear warmup before the cosine")
+    training.add_argument("--seed", type=int, default=0)
+    training.add_argument("--eval-every", type=int, default=20, help="steps between evaluations")
+    training.add_argument("--eval-batches", type=int, default=12, help="batches per evaluation")
+    training.add_argument("--output", type=Path, default=Path("runs/last"), help="folder for checkpoints")
+    training.add_argument("--save-every", type=int, default=90, help="steps between checkpoints")
+    training.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    return parser.parse_args(arguments)
+
+
+def make_data(args: argparse.Namespace) -> tuple[Blocks, Subset[Any], int]:
+    """Return training examples, a fixed sample of the validation examples, and the size of the vocabulary."""
+    training, validation, vocabulary = load_corpus(
+        text=args.text,
+        dataset=args.dataset,
+        model=args.model,
+        vocabulary=args.vocabulary,
+        sequence_length=args.sequence_length,
+        cache=args.cache,
+    )
+    order = torch.randperm(len(validation), generator=torch.Generator().manual_seed(0))
+    sample = order[: args.eval_batches * args.batch_size].tolist()
+    return training, Subset(validation, sample), vocabulary
+
+
+def make_model(args: argparse.Namespace, vocabulary: int) -> nn.Module:
+    """Return ``--model``, or a small Llama with weights drawn from ``--seed``."""
+    if args.model:
+        return AutoModelForCausalLM.from_pretrained(args.model)
+    torch.manual_seed(args.seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=args.width,
+        intermediate_size=args.width * 8 // 3 // 64 * 64,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.width // 64,
+        num_key_value_heads=args.width // 64,
+        max_position_embeddings=args.sequence_length,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def make_adamw(model: nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
+    """Return the baseline: torch's AdamW, no decay on biases and norms."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trainable if parameter.ndim >= 2], "weight_decay": args.weight_decay},
+        {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, fused=True)
+
+
+def normuon_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what ``prepare_normuon`` and ``configure_normuon`` are given; Muon is NorMuon without the neuron step."""
+    return {"lr": args.lr, "weight_decay": args.weight_decay, "normalize_neurons": args.optim == "normuon"}
+
+
+def bf16_is_fast() -> bool:
+    """Return whether training should run under bf16 autocast on this machine."""
+    return fast_matmul_dtype(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu").device) == torch.bfloat16

@@ -1,0 +1,150 @@
+"""state_dict: what is saved loads again, exactly, and what does not fit is refused before anything changes."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from normuon_plugins import NorMuon, build_normuon
+from tests.models import max_difference, tiny_llama, token_blocks
+
+OPTIONS = {"lr": 0.01, "adamw_lr": 0.003, "nesterov": True, "ns_coefficients": (3.4445, -4.775, 2.0315)}
+
+
+def train(model, optimizer, steps, start=0):
+    for step in range(start, start + steps):
+        batch = torch.utils.data.default_collate(token_blocks(4, seed=step))
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+
+
+def trained(dtype=torch.float32, steps=3):
+    model = tiny_llama().to(dtype)
+    optimizer = build_normuon(model, **OPTIONS)
+    train(model, optimizer, steps)
+    return model, optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resumed_run_equals_the_uninterrupted_one(dtype):
+    model, optimizer = trained(dtype)
+    file = io.BytesIO()
+    torch.save((model.state_dict(), optimizer.state_dict()), file)
+    train(model, optimizer, 3, start=3)
+
+    file.seek(0)
+    weights, state = torch.load(file, weights_only=True)
+    resumed = tiny_llama(seed=5).to(dtype)
+    resumed.load_state_dict(weights)
+    resumed_optimizer = build_normuon(resumed, lr=1.0)  # the checkpoint's options hold, as in torch
+    resumed_optimizer.load_state_dict(state)
+    train(resumed, resumed_optimizer, 3, start=3)
+    assert max_difference(resumed, model) == 0
+
+
+def test_second_moment_stays_float32_for_bfloat16_parameters():
+    model, optimizer = trained(torch.bfloat16)
+    loaded = build_normuon(model)
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    buffers = 0
+    for parameter, state in optimizer.state.items():
+        if "second_momentum_buffer" in state:
+            buffers += 1
+            assert loaded.state[parameter]["second_momentum_buffer"].dtype == torch.float32
+            assert torch.equal(loaded.state[parameter]["second_momentum_buffer"], state["second_momentum_buffer"])
+    assert buffers == 14
+
+
+# no_dist=True says that there is one process; torch warns all the same
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+# full and flattened together fails in torch 2.13 for torch.optim.AdamW too: KeyError 'param_groups.0.params.0'
+@pytest.mark.parametrize(("full", "flatten"), [(False, False), (False, True), (True, False)])
+def test_distributed_checkpoint_round_trip(tmp_path, flatten, full):
+    model, optimizer = trained()
+    options = StateDictOptions(full_state_dict=full, flatten_optimizer_state_dict=flatten)
+    dcp.save(
+        {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer, options=options)},
+        checkpoint_id=tmp_path,
+        no_dist=True,
+    )
+    train(model, optimizer, 2, start=3)
+
+    resumed = tiny_llama(seed=5)
+    resumed_optimizer = build_normuon(resumed, **OPTIONS)
+    state = {
+        "model": resumed.state_dict(),
+        "optimizer": get_optimizer_state_dict(resumed, resumed_optimizer, options=options),
+    }
+    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    set_model_state_dict(resumed, state["model"])
+    set_optimizer_state_dict(resumed, resumed_optimizer, state["optimizer"], options=options)
+    train(resumed, resumed_optimizer, 2, start=3)
+    assert max_difference(resumed, model) == 0
+
+
+def refused(optimizer, state_dict, message):
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state_dict)
+    after = optimizer.state_dict()
+    assert before["param_groups"] == after["param_groups"]
+    for key, state in before["state"].items():
+        assert all(torch.equal(after["state"][key][name], value) for name, value in state.items())
+
+
+def test_checkpoint_of_another_optimizer_is_refused():
+    weight = torch.nn.Parameter(torch.ones(3, 3))
+    weight.grad = torch.ones(3, 3)
+    other = torch.optim.AdamW([weight])
+    optimizer = NorMuon([weight])
+    other.step(), optimizer.step()
+    refused(optimizer, other.state_dict(), "another optimizer wrote it")
+
+
+def test_parameter_that_changed_algorithm_is_refused_by_name():
+    model, optimizer = trained()
+    moved = build_normuon(model, overrides={r"layers\.1\.mlp\.down_proj": "adamw"}, **OPTIONS)
+    # Same number of groups and of parameters in each, as far as torch would look.
+    state = optimizer.state_dict()
+    rows = [group["name"] for group in moved.param_groups]
+    assert rows == ["normuon_o_i", "adamw", "adamw_no_decay"]
+    for group, new in zip(state["param_groups"], moved.param_groups, strict=True):
+        group["params"] = []
+        del new
+    names = {name: number for number, name in enumerate(saved_names(optimizer))}
+    for group, new in zip(state["param_groups"], moved.param_groups, strict=True):
+        group["params"] = [names[name] for name in new["param_names"]]
+    refused(moved, state, r"'model.layers.1.mlp.down_proj.weight' is on 'adamw' here; .*momentum_buffer")
+
+
+def saved_names(optimizer):
+    return [name for group in optimizer.param_groups for name in group["param_names"]]
+
+
+def test_parameter_of_another_shape_is_refused_by_name():
+    def optimizer(rows):
+        weight = torch.nn.Parameter(torch.ones(rows, 3))
+        weight.grad = torch.ones(rows, 3)
+        result = NorMuon([("weight", weight)])
+        result.step()
+        return result
+
+    refused(optimizer(4), optimizer(5).state_dict(), r"'weight': momentum_buffer has shape \(5, 3\)")
+
+
+def test_checkpoint_from_before_an_option_existed_takes_its_value_from_init():
+    weight = torch.nn.Parameter(torch.ones(3, 3))
+    state = NorMuon([weight], beta2=0.5).state_dict()
+    del state["param_groups"][0]["beta2"]
+    optimizer = NorMuon([weight], beta2=0.7)
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["beta2"] == 0.7

@@ -1,0 +1,325 @@
+"""The plan: every rule of its table on a model that has the case, overrides, the printed table, refusals."""
+
+import re
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from normuon_plugins import build_normuon, plan_parameters
+from normuon_plugins.core.plan_table import fold_names
+from tests.models import PlainTransformer, tiny_llama
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+def layouts(model, **options):
+    """Return name -> layout, None for AdamW."""
+    return {row.name: row.layout for row in plan_parameters(model, **options)}
+
+
+def build(architecture, config, **options):
+    with torch.device("meta"):
+        return getattr(transformers, architecture)(getattr(transformers, config)(**options))
+
+
+def test_llama_projections_are_matrices_and_the_rest_is_not():
+    plan = plan_parameters(tiny_llama())
+    for row in plan:
+        assert (row.layout == "o i") == (".self_attn." in row.name or ".mlp." in row.name)
+    assert plan["model.embed_tokens.weight"].reason == "embedding"
+    assert plan["lm_head.weight"].reason == "output head"
+    assert not plan["model.norm.weight"].decay
+
+
+def test_tied_weights_are_planned_once_as_an_embedding():
+    plan = plan_parameters(tiny_llama(tie_word_embeddings=True))
+    assert plan["model.embed_tokens.weight"].algorithm == "adamw"
+    with pytest.raises(KeyError):
+        plan["lm_head.weight"]
+
+
+def test_a_head_tied_to_something_that_is_no_embedding_is_still_a_head():
+    # the first name of the shared weight is a plain Linear's
+    model = tiny_llama()
+    model.model.layers[0].extra = nn.Linear(32, 64, bias=False)
+    model.model.layers[0].extra.weight = model.lm_head.weight
+    assert plan_parameters(model)["model.layers.0.extra.weight"].reason == "output head"
+
+
+def test_gpt2_conv1d_is_transposed():
+    found = layouts(build("GPT2LMHeadModel", "GPT2Config", n_embd=32, n_layer=1, n_head=4))
+    for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+        assert found[f"transformer.h.0.{name}.weight"] == "i o"
+    assert found["transformer.wte.weight"] is None
+    assert found["transformer.wpe.weight"] is None
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "options", "layout"),
+    [
+        ("MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 3, "num_key_value_heads": 2}, "e o i"),
+        ("GptOssForCausalLM", "GptOssConfig", {"num_local_experts": 4, "num_key_value_heads": 2}, "e i o"),
+        # No flag; the two weights fit each other only when read transposed.
+        (
+            "Llama4ForCausalLM",
+            "Llama4TextConfig",
+            {"num_local_experts": 4, "num_key_value_heads": 2, "intermediate_size_mlp": 48, "head_dim": 8},
+            "e i o",
+        ),
+    ],
+)
+def test_stacked_experts_and_their_router(architecture, config, options, layout):
+    model = build(architecture, config, **{**SMALL, **options})
+    plan = plan_parameters(model)
+    experts = [row for row in plan if re.search(r"experts\.(gate_up|down)_proj$", row.name)]
+    assert [row.layout for row in experts] == [layout] * 2
+    routers = [row for row in plan if re.search(r"\.(gate|router)\.weight$", row.name)]
+    assert [row.reason for row in routers] == ["router: one row per expert"]
+    # the axis of neurons against torch's own Linear: gate and up project from hidden_size, down projects to it
+    for row in experts:
+        neurons = row.shape[layout.split().index("o")]
+        assert neurons == (32 if row.name.endswith("down_proj") else 96)
+    for row in plan:
+        if row.name.endswith("_proj_bias"):
+            assert (row.algorithm, row.decay) == ("adamw", False)
+
+
+def test_classification_head_and_patch_embedding():
+    model = build("ViTForImageClassification", "ViTConfig", **SMALL, image_size=32, patch_size=16)
+    found = layouts(model)
+    assert found["classifier.weight"] is None
+    assert found["vit.embeddings.patch_embeddings.projection.weight"] is None
+    assert found["vit.embeddings.cls_token"] is None
+    assert sum(layout == "o i" for layout in found.values()) == 6
+
+
+def test_masked_language_model_head_lies_outside_the_base_model():
+    found = layouts(build("BertForMaskedLM", "BertConfig", **SMALL, vocab_size=100))
+    assert all(layout is None for name, layout in found.items() if name.startswith("cls."))
+    assert sum(layout == "o i" for layout in found.values()) == 6
+
+
+def test_clip_projections_are_heads():
+    small = {**SMALL, "projection_dim": 16}
+    found = layouts(
+        build("CLIPModel", "CLIPConfig", text_config=small, vision_config=small, projection_dim=16)
+    )
+    assert found["visual_projection.weight"] is None
+    assert found["text_projection.weight"] is None
+    assert sum(layout == "o i" for layout in found.values()) == 12
+
+
+def test_mamba_keeps_its_projections_and_nothing_else():
+    plan = plan_parameters(build("MambaForCausalLM", "MambaConfig", hidden_size=32, num_hidden_layers=1, vocab_size=64))
+    assert [row.name.split(".")[-2] for row in plan if row.layout] == ["in_proj", "x_proj", "dt_proj", "out_proj"]
+    assert plan["backbone.layers.0.mixer.A_log"].reason == "not recognised: 'A_log' of MambaMixer"
+    assert plan["backbone.layers.0.mixer.conv1d.weight"].reason == "Conv1d with one input channel per group"
+
+
+def test_a_model_without_conventions():
+    assert layouts(PlainTransformer()) == {
+        "embed.weight": None,
+        "layer.self_attn.in_proj_weight": "o=16+16+16 i",
+        "layer.self_attn.in_proj_bias": None,
+        "layer.self_attn.out_proj.weight": "o i",
+        "layer.self_attn.out_proj.bias": None,
+        "layer.linear1.weight": "o i",
+        "layer.linear1.bias": None,
+        "layer.linear2.weight": "o i",
+        "layer.linear2.bias": None,
+        "layer.norm1.weight": None,
+        "layer.norm1.bias": None,
+        "layer.norm2.weight": None,
+        "layer.norm2.bias": None,
+        "mix.weight": "o i i",
+        "mix.bias": None,
+        "depthwise.weight": None,
+        "depthwise.bias": None,
+        "up.weight": "i o i",
+        "up.bias": None,
+        "gate.weight": None,
+        "gate.bias": None,
+        "head.weight": None,
+        "head.bias": None,
+    }
+
+
+def test_wrapping_a_hugging_face_model_changes_nothing():
+    wrapper = nn.Module()
+    wrapper.model = tiny_llama()
+    inside = {f"model.{name}": layout for name, layout in layouts(tiny_llama()).items()}
+    assert layouts(wrapper) == inside
+
+
+def test_linear_gate_beside_a_list_of_experts_is_a_router():
+    class Expert(nn.Linear):
+        pass
+
+    block = nn.Module()
+    block.gate = nn.Linear(8, 3, bias=False)
+    block.other = nn.Linear(8, 5, bias=False)
+    block.experts = nn.ModuleList(Expert(8, 8, bias=False) for _ in range(3))
+    found = layouts(block)
+    assert found.pop("gate.weight") is None
+    assert set(found.values()) == {"o i"}
+
+
+@pytest.mark.parametrize(("policy", "on_normuon"), [("adamw", set()), ("normuon", {"A", "B"}), ("b", {"B"})])
+def test_lora_policy(policy, on_normuon):
+    model = nn.Module()
+    model.lora_A = nn.ModuleDict({"default": nn.Linear(8, 2, bias=False)})
+    model.lora_B = nn.ModuleDict({"default": nn.Linear(2, 8, bias=False)})
+    model.hidden = nn.Linear(8, 8, bias=False)
+    found = layouts(model, lora=policy)
+    assert {name[5] for name, layout in found.items() if name.startswith("lora") and layout} == on_normuon
+
+
+def test_frozen_parameters_are_left_out():
+    model = tiny_llama()
+    model.model.embed_tokens.requires_grad_(False)
+    assert "model.embed_tokens.weight" not in {row.name for row in plan_parameters(model)}
+
+
+def test_every_trainable_parameter_is_in_exactly_one_group_and_none_is_empty():
+    model = PlainTransformer()
+    groups = plan_parameters(model).param_groups(weight_decay=0.3, adamw_weight_decay=0.2)
+    named = [(name, parameter) for group in groups for name, parameter in group["params"]]
+    assert sorted(name for name, _ in named) == sorted(name for name, _ in model.named_parameters())
+    assert all(parameter is model.get_parameter(name) for name, parameter in named)
+    algorithms = [group["algorithm"] for group in groups]
+    assert algorithms == sorted(algorithms, reverse=True)  # normuon first: trainers log the first group's learning rate
+    assert {group["name"]: group.get("weight_decay") for group in groups} == {
+        "normuon_o=16+16+16_i": 0.3,
+        "normuon_o_i": 0.3,
+        "normuon_o_i_i": 0.3,
+        "normuon_i_o_i": 0.3,
+        "adamw": 0.2,
+        "adamw_no_decay": 0.0,
+    }
+
+
+def test_weight_decay_of_the_optimizer_reaches_the_groups_that_do_not_say():
+    optimizer = build_normuon(tiny_llama(), weight_decay=0.3, adamw_weight_decay=0.2)
+    assert {group["name"]: group["weight_decay"] for group in optimizer.param_groups} == {
+        "normuon_o_i": 0.3,
+        "adamw": 0.2,
+        "adamw_no_decay": 0.0,
+    }
+
+
+def test_overrides():
+    model = PlainTransformer()
+    overrides = {r"^gate\.weight": "o i", r"^mix\.w": "adamw", r"linear1\.weight": "i o", r"^head\.weight": "normuon"}
+    plan = plan_parameters(model, overrides=overrides)
+    assert [plan[name].layout for name in ("gate.weight", "mix.weight", "layer.linear1.weight", "head.weight")] == [
+        "o i",
+        None,
+        "i o",
+        "o i",
+    ]
+    assert plan["gate.weight"].reason == "override"
+
+
+def test_override_finds_a_tied_weight_by_any_of_its_names():
+    model = tiny_llama(tie_word_embeddings=True)
+    assert layouts(model, overrides={"lm_head": "o i"})["model.embed_tokens.weight"] == "o i"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"no_such": "adamw"}, "'no_such' matches no trainable parameter"),
+        ({"linear1": "adamw", r"1\.weight": "adamw"}, r"'linear1' and '1\\\\.weight' both match 'layer.linear1.weight'"),
+        ({"norm1.weight": "normuon"}, "override of 'layer.norm1.weight'.*'o i' describes 2 dimensions"),
+        ({"linear1.weight": "sgd"}, "override of 'layer.linear1.weight': layout 'sgd' is not understood"),
+    ],
+)
+def test_overrides_that_cannot_hold_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        plan_parameters(PlainTransformer(), overrides=overrides)
+
+
+def frozen():
+    return nn.Linear(3, 3).requires_grad_(False)
+
+
+def flat_fsdp1():
+    module = nn.Module()
+    module.flat = nn.Parameter(torch.ones(12))
+    module.flat._fsdp_flattened = True
+    return module
+
+
+def zero3():
+    module = nn.Linear(3, 3)
+    module.weight = nn.Parameter(torch.ones(0))
+    module.weight.ds_shape = (3, 3)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.ReLU, "the model has no parameters"),
+        (frozen, "all 2 parameters are frozen"),
+        (lambda: nn.LayerNorm(4), "all 2 trainable parameters went to AdamW"),
+        (flat_fsdp1, "FSDP1; use FSDP2"),
+        (zero3, "ZeRO-3.*use FSDP2"),
+    ],
+)
+def test_a_plan_without_a_matrix_is_refused_and_says_what_it_saw(model, message):
+    with pytest.raises(ValueError, match=f"There is no matrix for NorMuon: .*{message}"):
+        plan_parameters(model())
+
+
+def test_parameters_that_cannot_be_trained_are_refused_by_name():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = nn.Parameter(torch.ones(3, 3, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="'1.weight' requires a gradient but is torch.complex64"):
+        plan_parameters(model)
+
+
+def test_unknown_policy_and_unknown_options_are_refused():
+    with pytest.raises(ValueError, match="lora='yes' must be one of"):
+        plan_parameters(nn.Linear(3, 3), lora="yes")
+    with pytest.raises(TypeError, match=r"unknown options \['beta3'\]; known are \['adamw_betas', .*'overrides'"):
+        build_normuon(nn.Linear(3, 3), beta3=0.9)
+
+
+def test_printed_table_folds_layers_and_ends_with_the_shares():
+    text = str(plan_parameters(tiny_llama()))
+    assert "model.layers.{0-1}.mlp.up_proj.weight" in text
+    assert len(text.splitlines()) == 2 + 12 + 3
+    assert re.search(r"normuon +14 tensors +15,360 parameters +78\.\d%", text)
+    columns = text.splitlines()[0].split()
+    assert columns == ["parameter", "shape", "algorithm", "layout", "decay", "reason"]
+
+
+def test_rows_as_json_types():
+    rows = plan_parameters(nn.Linear(3, 2)).to_dict()
+    assert rows[0] == {
+        "name": "weight",
+        "shape": [2, 3],
+        "algorithm": "normuon",
+        "layout": "o i",
+        "decay": True,
+        "reason": "Linear",
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "folded"),
+    [
+        (["a.0.w", "a.1.w", "a.2.w"], ["a.{0-2}.w"]),
+        (["a.0.w", "a.2.w", "a.3.w"], ["a.{0,2-3}.w"]),
+        (["a.7.w"], ["a.7.w"]),
+        (["w1.w"], ["w1.w"]),
+        ([f"l.{i}.e.{j}.w" for i in range(3) for j in range(4)], ["l.{0-2}.e.{0-3}.w"]),
+        # not a full box: layer 0 has fewer experts, so one pattern would promise names that do not exist
+        (["l.0.e.0.w", "l.1.e.0.w", "l.1.e.1.w"], ["l.0.e.0.w", "l.1.e.{0-1}.w"]),
+    ],
+)
+def test_folded_names_stand_for_exactly_the_names(names, folded):
+    assert fold_names(names) == folded
