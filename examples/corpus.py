@@ -48,7 +48,7 @@ def standard_library() -> Path:
 def read_documents(paths: list[Path]) -> Iterator[str]:
     """Yield the text of every file, and of every text file below every folder, in a fixed order.
 
-    The tests and site-packages inside a Python installation are left out: they are large and not alike between machines.
+    Tests and site-packages inside a Python installation are left out: they are large and not alike between machines.
     """
     for path in paths:
         if not path.exists():
@@ -73,7 +73,9 @@ def load_documents(text: list[Path], dataset: str | None) -> list[str]:
     if len(documents) == 1:  # one long file: its paragraphs are the documents
         documents = documents[0].split("\n\n")
     if len(documents) < VALIDATION_EVERY:
-        raise ValueError(f"{len(documents)} documents cannot be divided; give at least {VALIDATION_EVERY} files or paragraphs")
+        raise ValueError(
+            f"{len(documents)} documents cannot be divided; give at least {VALIDATION_EVERY} files or paragraphs"
+        )
     return documents
 
 

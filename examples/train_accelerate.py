@@ -122,7 +122,8 @@ def endless(accelerator: Accelerator, loader: DataLoader, skip: int):
 def main() -> None:
     args = parse_arguments(__doc__.splitlines()[0])
     result = train(args)
-    print(f"validation loss {result.losses[max(result.losses)]:.4f} after {max(result.losses)} steps; saved in {args.output}")
+    last = max(result.losses)
+    print(f"validation loss {result.losses[last]:.4f} after {last} steps; saved in {args.output}")
 
 
 if __name__ == "__main__":

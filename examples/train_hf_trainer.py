@@ -51,9 +51,7 @@ def main() -> None:
     set_seed(args.seed)
     with options.main_process_first():  # the others find the cached tokens
         training, validation, vocabulary = make_data(args)
-    trainer = Trainer(
-        model=make_model(args, vocabulary), args=options, train_dataset=training, eval_dataset=validation
-    )
+    trainer = Trainer(model=make_model(args, vocabulary), args=options, train_dataset=training, eval_dataset=validation)
     trainer.train(resume_from_checkpoint=args.resume)
     loss = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():

@@ -68,7 +68,7 @@ def main() -> None:
         DataLoader(validation, args.batch_size),
     )
     trainer.fit(module, *loaders, ckpt_path="last" if args.resume else None)
-    loss = trainer.callback_metrics["validation_loss"]
+    loss = trainer.validate(module, loaders[1], verbose=False)[0]["validation_loss"]
     if trainer.is_global_zero:
         print(f"validation loss {loss:.4f} after {trainer.global_step} steps; saved in {args.output}")
 

@@ -26,7 +26,9 @@ class ReferenceNorMuon:
         orthogonal = self.orthogonalize(update)
         direction = orthogonal
         if self.normalize:
-            mean_square = torch.tensor([sum(x * x for x in row) / n for row in orthogonal.tolist()], dtype=torch.float64)
+            mean_square = torch.tensor(
+                [sum(x * x for x in row) / n for row in orthogonal.tolist()], dtype=torch.float64
+            )
             self.second = self.beta2 * self.second + (1 - self.beta2) * mean_square
             direction = orthogonal / (self.second.sqrt() + self.eps)[:, None]
         norm = math.sqrt(sum(x * x for x in direction.flatten().tolist()))

@@ -7,6 +7,7 @@ from tests.adapters import training
 from tests.models import max_difference
 from tests.ranks import run_ranks
 
+
 @pytest.fixture(scope="module")
 def expected():
     return training.run_plain_loop()

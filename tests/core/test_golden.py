@@ -116,8 +116,8 @@ def torch_newton_schulz(matrices):
     return torch.stack([_zeropower_via_newtonschulz(m, (3.4445, -4.7750, 2.0315), 5, 1e-7) for m in matrices]).float()
 
 
-# With torch's orthogonalization inside, the rest must agree to float32; with our own in bfloat16, to its rounding, which
-# depends on whether matrices are batched.
+# With torch's orthogonalization inside, the rest must agree to float32; with our own in bfloat16, to its rounding,
+# which depends on whether matrices are batched.
 @pytest.mark.parametrize(
     ("options", "tolerance"),
     [({"ns_dtype": "float32", "orthogonalize_fn": torch_newton_schulz}, 1e-6), ({"ns_dtype": "bfloat16"}, 0.02)],
@@ -160,9 +160,7 @@ def test_adamw_groups_are_torch_adamw(fused):
 def test_batching_and_splitting_change_nothing(bucket_bytes):
     # float64 products: batched and single multiplications differ in the last bit, which float32 parameters do not show.
     shapes = {"o i": [(6, 9), (6, 9), (9, 6), (6, 9)], "e o i": [(5, 6, 9)], "i o": [(9, 6)]}
-    parameters = {
-        spec: [torch.nn.Parameter(torch.ones(shape)) for shape in group] for spec, group in shapes.items()
-    }
+    parameters = {spec: [torch.nn.Parameter(torch.ones(shape)) for shape in group] for spec, group in shapes.items()}
     copies = {spec: [torch.nn.Parameter(p.detach().clone()) for p in group] for spec, group in parameters.items()}
     options = {"lr": 0.1, "ns_dtype": "float64"}
     together = NorMuon(

@@ -38,7 +38,7 @@ def test_anything_but_2d_is_refused_in_a_bare_group(shape):
 def test_flat_shards_of_fsdp1_are_told_to_use_fsdp2():
     flat = nn.Parameter(torch.ones(12))
     flat._fsdp_flattened = True
-    with pytest.raises(ValueError, match="FSDP1.*use FSDP2"):
+    with pytest.raises(ValueError, match=r"FSDP1.*use FSDP2"):
         NorMuon([flat])
 
 

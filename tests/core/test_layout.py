@@ -60,7 +60,7 @@ def test_neuron_state_reads_row_by_row_like_the_parameter(spec, shape, blocks):
     ["", "o", "i", "o o i", "e e o i", "o i x", "o,i", "oi", "o  i", "i=2+2 o", "o=2+ i", "o=0+4 i", "o=2%2 i", "O I"],
 )
 def test_what_is_no_layout_is_refused_with_the_grammar(spec):
-    with pytest.raises(ValueError, match='not understood.*"o i"'):
+    with pytest.raises(ValueError, match=r'not understood.*"o i"'):
         parse_layout(spec)
 
 

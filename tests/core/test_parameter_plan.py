@@ -103,9 +103,7 @@ def test_masked_language_model_head_lies_outside_the_base_model():
 
 def test_clip_projections_are_heads():
     small = {**SMALL, "projection_dim": 16}
-    found = layouts(
-        build("CLIPModel", "CLIPConfig", text_config=small, vision_config=small, projection_dim=16)
-    )
+    found = layouts(build("CLIPModel", "CLIPConfig", text_config=small, vision_config=small, projection_dim=16))
     assert found["visual_projection.weight"] is None
     assert found["text_projection.weight"] is None
     assert sum(layout == "o i" for layout in found.values()) == 12
@@ -231,7 +229,10 @@ def test_override_finds_a_tied_weight_by_any_of_its_names():
     ("overrides", "message"),
     [
         ({"no_such": "adamw"}, "'no_such' matches no trainable parameter"),
-        ({"linear1": "adamw", r"1\.weight": "adamw"}, r"'linear1' and '1\\\\.weight' both match 'layer.linear1.weight'"),
+        (
+            {"linear1": "adamw", r"1\.weight": "adamw"},
+            r"'linear1' and '1\\\\.weight' both match 'layer.linear1.weight'",
+        ),
         ({"norm1.weight": "normuon"}, "override of 'layer.norm1.weight'.*'o i' describes 2 dimensions"),
         ({"linear1.weight": "sgd"}, "override of 'layer.linear1.weight': layout 'sgd' is not understood"),
     ],
@@ -277,7 +278,7 @@ def test_a_plan_without_a_matrix_is_refused_and_says_what_it_saw(model, message)
 def test_parameters_that_cannot_be_trained_are_refused_by_name():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = nn.Parameter(torch.ones(3, 3, dtype=torch.complex64))
-    with pytest.raises(ValueError, match="'1.weight' requires a gradient but is torch.complex64"):
+    with pytest.raises(ValueError, match=r"'1\.weight' requires a gradient but is torch.complex64"):
         plan_parameters(model)
 
 

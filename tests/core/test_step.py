@@ -82,7 +82,7 @@ def test_no_state_before_the_first_step():
 
 
 def test_parameter_without_gradient_is_left_alone_but_has_state():
-    weight, bias = matrix_and_bias()
+    weight, _bias = matrix_and_bias()
     other = torch.nn.Parameter(torch.randn(3, 3))
     optimizer = NorMuon([weight, other], lr=0.1)
     before = other.detach().clone()

@@ -1,0 +1,134 @@
+"""The example programs as a user runs them, shortened, and the demo's own arithmetic."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+SHORT = ["--steps", "6", "--eval-every", "3", "--save-every", "3", "--eval-batches", "2", "--batch-size", "4"]
+SHORT += ["--sequence-length", "32", "--vocabulary", "300", "--width", "64", "--layers", "1", "--warmup", "1"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A folder of forty small text files."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(40):
+        words = [f"word{(number * 7 + place * place) % 50}" for place in range(80)]
+        (folder / f"{number}.txt").write_text(" ".join(words))
+    return folder
+
+
+def run(root, folder, program, *arguments):
+    command = [sys.executable, str(root / "examples" / program), *SHORT, *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def final_loss(printed):
+    found = re.search(r"validation loss ([\d.]+) after 6 steps", printed)
+    assert found, printed
+    return float(found[1])
+
+
+@pytest.mark.parametrize("program", ["train_accelerate.py", "train_hf_trainer.py", "train_lightning.py"])
+def test_program_trains_saves_and_resumes(root, tmp_path, corpus, program):
+    loss = final_loss(run(root, tmp_path, program, "--text", str(corpus)))
+    assert 0 < loss < 5.7  # ln(300): before training
+    if program == "train_hf_trainer.py":  # resuming a finished run, the Trainer takes one step more
+        shutil.rmtree(tmp_path / "runs" / "last" / "checkpoint-6")
+    assert final_loss(run(root, tmp_path, program, "--text", str(corpus), "--resume")) == pytest.approx(loss, abs=1e-3)
+
+
+@pytest.mark.parametrize("program", ["train_accelerate.py", "train_hf_trainer.py", "train_lightning.py"])
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_program_runs_the_other_optimizers(root, tmp_path, corpus, program, optim):
+    final_loss(run(root, tmp_path, program, "--text", str(corpus), "--optim", optim))
+
+
+def test_comparison_prints_a_table_and_draws_the_curves(root, tmp_path, corpus):
+    printed = run(root, tmp_path, "compare_optimizers.py", "--text", str(corpus))
+    for label in ("AdamW", "Muon", "NorMuon", "seconds", "MiB"):
+        assert label in printed
+    assert (tmp_path / "demo" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert len(results["normuon"]["step_seconds"]) == 6
+    assert results["normuon"]["state_bytes"] < results["adamw"]["state_bytes"]
+
+
+def test_interrupted_run_resumes_as_if_nothing_had_happened(tmp_path, corpus, monkeypatch):
+    import train_accelerate
+    from settings import parse_arguments
+
+    def arguments(output, *more):
+        paths = ["--text", str(corpus), "--output", str(tmp_path / output), "--cache", str(tmp_path / "cache")]
+        return parse_arguments("test", [*SHORT, *paths, *more])
+
+    whole = train_accelerate.train(arguments("whole"))
+
+    class Interrupted(train_accelerate.tqdm):
+        def update(self, n=1):
+            super().update(n)
+            if self.n == 5:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_accelerate, "tqdm", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_accelerate.train(arguments("broken"))
+    resumed = train_accelerate.train(arguments("broken", "--resume"))
+    assert len(resumed.step_seconds) == 3
+    assert resumed.losses == pytest.approx(whole.losses, abs=1e-6)
+
+
+def test_steps_to_reach_lie_between_evaluations():
+    from compare_optimizers import steps_to_reach
+
+    losses = {10: 5.0, 20: 4.0, 30: 3.5}
+    assert steps_to_reach(losses, 4.5) == 15
+    assert steps_to_reach(losses, 3.5) == 30
+    assert steps_to_reach(losses, 6.0) == 10
+    assert steps_to_reach(losses, 3.0) is None
+
+
+def test_corpus_is_cached_by_content(tmp_path, corpus):
+    from corpus import load_corpus
+
+    options = {"dataset": None, "model": None, "vocabulary": 300, "sequence_length": 16, "cache": tmp_path}
+    first = load_corpus(text=[corpus], **options)
+    (file,) = tmp_path.glob("tokens-*.pt")
+    written = file.stat().st_mtime_ns
+    second = load_corpus(text=[corpus], **options)
+    assert file.stat().st_mtime_ns == written
+    assert torch.equal(first[0].blocks, second[0].blocks)
+    (tmp_path / "other.txt").write_text("\n\n".join("another text " * 20 for _ in range(30)))
+    load_corpus(text=[tmp_path / "other.txt"], **options)
+    assert len(list(tmp_path.glob("tokens-*.pt"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "0 documents cannot be divided"), ("\n\n".join(["ab"] * 25), "less than one block of 100000")],
+)
+def test_too_little_text_is_refused(tmp_path, text, message):
+    from corpus import load_corpus
+
+    (tmp_path / "text.txt").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_corpus(
+            text=[tmp_path / "text.txt"],
+            dataset=None,
+            model=None,
+            vocabulary=300,
+            sequence_length=100_000,
+            cache=tmp_path,
+        )
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_corpus(
+            text=[tmp_path / "missing"], dataset=None, model=None, vocabulary=300, sequence_length=8, cache=tmp_path
+        )
