@@ -121,12 +121,12 @@ def load_corpus(
     if not file.exists():
         cache.mkdir(parents=True, exist_ok=True)
         if model:
-            tokenizer = AutoTokenizer.from_pretrained(model).backend_tokenizer
-            end = tokenizer.token_to_id(AutoTokenizer.from_pretrained(model).eos_token)
+            pretrained = AutoTokenizer.from_pretrained(model)
+            tokenizer, end_of_text = pretrained.backend_tokenizer, pretrained.eos_token
         else:
-            tokenizer = train_tokenizer(documents, vocabulary)
-            end = tokenizer.token_to_id(END_OF_TEXT)
-        encoded = [torch.tensor([*encoding.ids, end]) for encoding in tokenizer.encode_batch(documents)]
+            tokenizer, end_of_text = train_tokenizer(documents, vocabulary), END_OF_TEXT
+        end = [tokenizer.token_to_id(end_of_text)] if end_of_text else []
+        encoded = [torch.tensor(encoding.ids + end) for encoding in tokenizer.encode_batch(documents)]
         held_out = encoded[::VALIDATION_EVERY]
         del encoded[::VALIDATION_EVERY]
         partial = file.with_suffix(".partial")

@@ -39,14 +39,14 @@ def parse_arguments(description: str, arguments: Sequence[str] | None = None) ->
     training.add_argument("--optim", choices=OPTIMIZERS, default="normuon")
     training.add_argument("--lr", type=float, default=2e-3, help="AdamW's best of 0.5, 1, 2, 4, 8e-3 here")
     training.add_argument("--weight-decay", type=float, default=0.1)
-    training.add_argument("--steps", type=int, default=180, help="optimizer steps")
+    training.add_argument("--steps", type=int, default=150, help="optimizer steps")
     training.add_argument("--batch-size", type=int, default=16, help="examples per process and step")
     training.add_argument("--warmup", type=int, default=20, help="steps of linear warmup before the cosine")
     training.add_argument("--seed", type=int, default=0)
-    training.add_argument("--eval-every", type=int, default=20, help="steps between evaluations")
+    training.add_argument("--eval-every", type=int, default=15, help="steps between evaluations")
     training.add_argument("--eval-batches", type=int, default=12, help="batches per evaluation")
     training.add_argument("--output", type=Path, default=Path("runs/last"), help="folder for checkpoints")
-    training.add_argument("--save-every", type=int, default=90, help="steps between checkpoints")
+    training.add_argument("--save-every", type=int, default=75, help="steps between checkpoints")
     training.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
     return parser.parse_args(arguments)
 
@@ -69,7 +69,7 @@ def make_data(args: argparse.Namespace) -> tuple[Blocks, Subset[Any], int]:
 def make_model(args: argparse.Namespace, vocabulary: int) -> nn.Module:
     """Return ``--model``, or a small Llama with weights drawn from ``--seed``."""
     if args.model:
-        return AutoModelForCausalLM.from_pretrained(args.model)
+        return AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     torch.manual_seed(args.seed)
     config = LlamaConfig(
         vocab_size=vocabulary,

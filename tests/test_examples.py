@@ -132,3 +132,15 @@ def test_too_little_text_is_refused(tmp_path, text, message):
         load_corpus(
             text=[tmp_path / "missing"], dataset=None, model=None, vocabulary=300, sequence_length=8, cache=tmp_path
         )
+
+
+def test_local_model_and_its_tokenizer_take_the_place_of_the_small_llama(root, tmp_path, corpus):
+    from corpus import END_OF_TEXT, load_documents, train_tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    from tests.models import tiny_llama
+
+    tokenizer = train_tokenizer(load_documents([corpus], None), 300)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT).save_pretrained(tmp_path / "model")
+    tiny_llama(vocab_size=300).save_pretrained(tmp_path / "model")
+    final_loss(run(root, tmp_path, "train_accelerate.py", "--text", str(corpus), "--model", str(tmp_path / "model")))

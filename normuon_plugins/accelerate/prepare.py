@@ -10,8 +10,8 @@ from torch import nn
 
 from normuon_plugins.core.build import build_normuon
 
-# Accelerate moves the model to another device or wraps it; the parameters stay whole.
-WHOLE_PARAMETERS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+# Where Accelerate replaces the parameters by shards; everywhere else it moves or wraps the model and they stay whole.
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 def prepare_normuon(accelerator: Accelerator, model: nn.Module, *others: Any, **options: Any) -> tuple[Any, ...]:
@@ -34,7 +34,7 @@ def prepare_normuon(accelerator: Accelerator, model: nn.Module, *others: Any, **
     Example:
         model, optimizer, loader = prepare_normuon(accelerator, model, loader, lr=3e-4, weight_decay=0.1)
     """
-    if accelerator.distributed_type not in WHOLE_PARAMETERS:
+    if accelerator.distributed_type in SHARDING:
         raise ValueError(
             f"prepare_normuon runs in one process or under DDP; this accelerator's distributed_type is"
             f" {accelerator.distributed_type.value}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -81,15 +82,15 @@ def check_option(name: str, value: Any) -> None:
     """Raise ``ValueError`` when ``value`` is outside the range of the group key or option ``name``."""
     key = name.removeprefix("adamw_")
     if key == "lr":
-        number = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+        number = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
         _require(number and value >= 0, name, value, "a number or a one-element tensor, at least 0")
     elif key in ("weight_decay", "eps"):
-        _require(isinstance(value, (int, float)) and value >= 0, name, value, "a number, at least 0")
+        _require(isinstance(value, Real) and value >= 0, name, value, "a number, at least 0")
     elif key in ("momentum", "beta2"):
-        _require(isinstance(value, (int, float)) and 0 <= value < 1, name, value, "a number in [0, 1)")
+        _require(_is_decay(value), name, value, "a number in [0, 1)")
     elif key == "betas":
         pair = isinstance(value, Sequence) and len(value) == 2
-        _require(pair and all(0 <= beta < 1 for beta in value), name, value, "two numbers in [0, 1)")
+        _require(pair and all(map(_is_decay, value)), name, value, "two numbers in [0, 1)")
     elif key == "ns_steps":
         whole = isinstance(value, int) and not isinstance(value, bool)
         _require(whole and 1 <= value < 100, name, value, "a whole number from 1 to 99")
@@ -159,6 +160,10 @@ def parameter_name(group: Mapping[str, Any], index: int) -> str:
     if "param_names" in group:
         return str(group["param_names"][index])
     return f"parameter {index} of group {group['name']}" if "name" in group else f"parameter {index} of its group"
+
+
+def _is_decay(value: Any) -> bool:
+    return isinstance(value, Real) and 0 <= value < 1
 
 
 def _require(condition: object, name: str, value: Any, expected: str) -> None:

@@ -69,9 +69,10 @@ def _output_heads(model: nn.Module) -> set[nn.Module]:
     for module in model.modules():
         if not isinstance(getattr(module, "base_model_prefix", None), str):
             continue  # not a Hugging Face model
-        base = getattr(module, module.base_model_prefix or " ", module)  # type: ignore[arg-type]
-        trunk = set(base.modules()) if isinstance(base, nn.Module) else set()
-        heads |= {part for part in module.modules() if isinstance(part, nn.Linear) and part not in trunk}
+        base = dict(module.named_children()).get(module.base_model_prefix)
+        if base is not None:
+            trunk = set(base.modules())
+            heads |= {part for part in module.modules() if isinstance(part, nn.Linear) and part not in trunk}
         width = getattr(getattr(module, "config", None), "projection_dim", None)
         heads |= {part for part in module.children() if isinstance(part, nn.Linear) and part.out_features == width}
     return heads or _vocabulary_head(model)

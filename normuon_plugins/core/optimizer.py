@@ -217,11 +217,11 @@ class NorMuon(Optimizer):
         return members
 
     def _drop_nonfinite(self, members: list[_Member]) -> list[_Member]:
-        """Return the members that take part in this step under ``nonfinite=``; one synchronization unless it
-        propagates."""
+        """Return the members that take part in this step under ``nonfinite=``."""
         policy = self.defaults["nonfinite"]
         if policy == "propagate" or not members:
             return members
+        # One read-back for all flags: asking each of them would stop a GPU once per parameter.
         flags = [torch.isfinite(member.gradient).all() for member in members]
         finite = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
         bad = [member.name for member, ok in zip(members, finite, strict=True) if not ok]

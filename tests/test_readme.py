@@ -1,0 +1,67 @@
+"""The README is true: its code runs, its commands exist, its table is printed."""
+
+import re
+
+import pytest
+from torch.utils.data import DataLoader
+
+from normuon_plugins import NorMuon, plan_parameters
+from tests.models import tiny_llama, token_blocks
+
+
+def blocks(root, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", (root / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("index", range(4))
+# the examples of the README are short: they name no logger, no workers and no accelerator
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_python_blocks_run_as_printed(root, tmp_path, monkeypatch, index):
+    code = blocks(root, "python")
+    assert len(code) == 4
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    dataset = token_blocks(8)
+    names = {"model": tiny_llama(), "dataset": dataset, "loader": DataLoader(dataset, 4)}
+    before = names["model"].lm_head.weight.detach().clone()
+    exec(compile(code[index], f"README.md, python block {index}", "exec"), names)
+    if "optimizer" in names:
+        assert isinstance(getattr(names["optimizer"], "optimizer", names["optimizer"]), NorMuon)
+    if "plan_parameters" not in code[index]:  # all but the plain block train
+        assert not before.equal(names["model"].lm_head.weight)
+
+
+def test_the_printed_plan_is_the_one_in_the_readme(root):
+    def words(text):
+        return [line.split() for line in text.splitlines() if not line.startswith("---")]
+
+    (shown,) = [block for block in blocks(root, "") if block.startswith("parameter ")]
+    assert words(shown) == words(str(plan_parameters(tiny_llama())))
+
+
+def test_set_up_commands_are_targets_of_the_makefile(root):
+    targets = set(re.findall(r"^([a-z]+):", (root / "Makefile").read_text(), re.MULTILINE))
+    mentioned = set(re.findall(r"^make ([a-z]+)", "\n".join(blocks(root, "")), re.MULTILINE))
+    assert {"demo", "test"} <= mentioned <= targets
+
+
+def test_links_lead_somewhere(root):
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", (root / "README.md").read_text()):
+        assert (root / target).exists(), target
+
+
+def test_option_table_lists_every_option_with_its_default(root):
+    import inspect
+
+    rows = re.findall(r"^\| (`.+?) \| (.+?) \|", (root / "README.md").read_text(), re.MULTILINE)
+    shown = {}
+    for names, defaults in rows:
+        listed = re.findall(r"`(\w+)`", names)
+        values = re.findall(r"`(.+?)`", defaults) or [defaults]
+        shown |= dict(zip(listed, values, strict=True))
+    assert shown.pop("bucket_bytes") == "128 MiB"
+    assert (shown.pop("overrides"), shown.pop("lora")) == ("None", '"adamw"')
+    parameters = inspect.signature(NorMuon).parameters
+    assert parameters["bucket_bytes"].default == 128 * 2**20
+    expected = {name: p.default for name, p in parameters.items() if name not in ("params", "bucket_bytes")}
+    assert {name: eval(text) for name, text in shown.items()} == expected
