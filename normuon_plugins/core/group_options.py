@@ -85,7 +85,7 @@ def check_option(name: str, value: Any) -> None:
         number = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
         _require(number and value >= 0, name, value, "a number or a one-element tensor, at least 0")
     elif key in ("weight_decay", "eps"):
-        _require(isinstance(value, Real) and value >= 0, name, value, "a number, at least 0")
+        _require(isinstance(value, Real) and float(value) >= 0, name, value, "a number, at least 0")
     elif key in ("momentum", "beta2"):
         _require(_is_decay(value), name, value, "a number in [0, 1)")
     elif key == "betas":
@@ -163,7 +163,7 @@ def parameter_name(group: Mapping[str, Any], index: int) -> str:
 
 
 def _is_decay(value: Any) -> bool:
-    return isinstance(value, Real) and 0 <= value < 1
+    return isinstance(value, Real) and 0 <= float(value) < 1
 
 
 def _require(condition: object, name: str, value: Any, expected: str) -> None:

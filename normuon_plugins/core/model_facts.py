@@ -67,9 +67,10 @@ def _output_heads(model: nn.Module) -> set[nn.Module]:
     """
     heads = set(_asked(model, "get_output_embeddings")) | set(_asked(model, "get_classifier"))  # the second is timm's
     for module in model.modules():
-        if not isinstance(getattr(module, "base_model_prefix", None), str):
+        prefix = getattr(module, "base_model_prefix", None)
+        if not isinstance(prefix, str):
             continue  # not a Hugging Face model
-        base = dict(module.named_children()).get(module.base_model_prefix)
+        base = dict(module.named_children()).get(prefix)
         if base is not None:
             trunk = set(base.modules())
             heads |= {part for part in module.modules() if isinstance(part, nn.Linear) and part not in trunk}

@@ -104,9 +104,10 @@ def orthogonalize(
         ValueError: If ``matrices`` has fewer than two dimensions or is not real floating point.
 
     Example:
-        >>> orthogonalize(torch.diag(torch.tensor([1.0, 2.0])), ns_coefficients=(1.5, -0.5, 0.0), ns_steps=20)
-        tensor([[1.0000, 0.0000],
-                [0.0000, 1.0000]])
+        >>> matrix = torch.tensor([[0.0, 3.0], [-0.5, 0.0]])
+        >>> orthogonalize(matrix, ns_coefficients=(1.5, -0.5, 0.0), ns_steps=20, ns_dtype=torch.float32)
+        tensor([[ 0.,  1.],
+                [-1.,  0.]])
     """
     if matrices.ndim < 2 or not matrices.is_floating_point():
         raise ValueError(

@@ -200,7 +200,7 @@ def test_same_shapes_are_multiplied_in_one_batch():
 def test_update_has_the_rms_that_the_paper_promises():
     parameter = torch.nn.Parameter(torch.randn(16, 48))
     before = parameter.detach().clone()
-    optimizer = NorMuon([parameter], lr=0.01, weight_decay=0.0)
+    optimizer = NorMuon([parameter], lr=0.01, weight_decay=0.0, ns_dtype="float32")
     parameter.grad = gradients((16, 48), 0)
     optimizer.step()
     rms = (parameter - before).square().mean().sqrt()
