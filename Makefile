@@ -31,7 +31,8 @@ format: $(INSTALLED)
 clean:
 	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# torch first and at its exact version: asked for by name, pip takes the build that fits this machine.
+# torch first: with it in place, no other package's range makes pip fetch another build. On Linux the one on PyPI is for
+# CUDA; for a small CPU build set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu before.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)

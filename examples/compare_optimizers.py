@@ -6,9 +6,9 @@ python examples/compare_optimizers.py --text my_corpus/ --steps 500
 
 from __future__ import annotations
 
-import copy
 import json
 import statistics
+from argparse import Namespace
 from pathlib import Path
 
 import matplotlib
@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import torch
 from rich.console import Console
 from rich.table import Table
-from settings import OPTIMIZERS, bf16_is_fast, parse_arguments
+from settings import OPTIMIZERS, bf16_is_fast, make_parser
 from train_accelerate import Result, train
 
 LABELS = {"adamw": "AdamW", "muon": "Muon", "normuon": "NorMuon"}
@@ -69,15 +69,13 @@ def draw(results: dict[str, Result], file: Path) -> None:
 
 
 def main() -> None:
-    args = parse_arguments(__doc__.splitlines()[0])
+    args = make_parser(__doc__.splitlines()[0]).parse_args()
     console = Console()
     precision = "bf16 autocast" if bf16_is_fast() else "float32 (no fast bf16 here)"
     console.print(f"{args.steps} steps each, {torch.get_num_threads()} threads, {precision}, learning rate {args.lr:g}")
     results = {}
     for name in OPTIMIZERS:
-        run = copy.copy(args)
-        run.optim, run.output = name, FOLDER / name
-        results[name] = train(run)
+        results[name] = train(Namespace(**vars(args), optim=name, output=FOLDER / name, resume=False))
     draw(results, FOLDER / "loss.png")
     (FOLDER / "results.json").write_text(json.dumps({name: vars(result) for name, result in results.items()}, indent=1))
     console.print(make_table(results))

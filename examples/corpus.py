@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,7 +130,7 @@ def load_corpus(
         encoded = [torch.tensor(encoding.ids + end) for encoding in tokenizer.encode_batch(documents)]
         held_out = encoded[::VALIDATION_EVERY]
         del encoded[::VALIDATION_EVERY]
-        partial = file.with_suffix(".partial")
+        partial = file.with_suffix(f".{os.getpid()}.partial")  # every process of a run may come here at once
         torch.save(
             {
                 "training": torch.cat(encoded).int(),

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import Subset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from normuon_plugins import plan_parameters
 from normuon_plugins.core.orthogonalize import fast_matmul_dtype
 
 OPTIMIZERS = ("adamw", "muon", "normuon")
@@ -20,8 +21,8 @@ OPTIMIZERS = ("adamw", "muon", "normuon")
 BETAS = (0.9, 0.95)
 
 
-def parse_arguments(description: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line; ``arguments`` takes its place where a program calls another."""
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Return the arguments of data, model and training that every program takes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -33,22 +34,40 @@ def parse_arguments(description: str, arguments: Sequence[str] | None = None) ->
     data.add_argument("--cache", type=Path, default=Path("runs/cache"), help="folder for the tokenized corpus")
     model = parser.add_argument_group("model")
     model.add_argument("--model", help="hub name or local folder of a causal language model; a small Llama if absent")
-    model.add_argument("--width", type=int, default=192, help="hidden size of the small Llama, a multiple of 64")
+    model.add_argument("--width", type=width, default=192, help="hidden size of the small Llama, a multiple of 64")
     model.add_argument("--layers", type=int, default=4, help="layers of the small Llama")
     training = parser.add_argument_group("training")
-    training.add_argument("--optim", choices=OPTIMIZERS, default="normuon")
     training.add_argument("--lr", type=float, default=2e-3, help="AdamW's best of 0.5, 1, 2, 4, 8e-3 here")
-    training.add_argument("--weight-decay", type=float, default=0.1)
+    training.add_argument(
+        "--weight-decay", type=float, default=0.1, help="of the hidden matrices, whatever trains them"
+    )
     training.add_argument("--steps", type=int, default=150, help="optimizer steps")
     training.add_argument("--batch-size", type=int, default=16, help="examples per process and step")
     training.add_argument("--warmup", type=int, default=20, help="steps of linear warmup before the cosine")
     training.add_argument("--seed", type=int, default=0)
     training.add_argument("--eval-every", type=int, default=15, help="steps between evaluations")
     training.add_argument("--eval-batches", type=int, default=12, help="batches per evaluation")
-    training.add_argument("--output", type=Path, default=Path("runs/last"), help="folder for checkpoints")
     training.add_argument("--save-every", type=int, default=75, help="steps between checkpoints")
-    training.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
-    return parser.parse_args(arguments)
+    return parser
+
+
+def width(text: str) -> int:
+    """Return the number in ``text`` if it is a whole number of attention heads."""
+    if int(text) < 64 or int(text) % 64:
+        raise argparse.ArgumentTypeError(f"{text} is not a multiple of 64, the size of an attention head")
+    return int(text)
+
+
+def parse_arguments(description: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line of one run; ``arguments`` takes its place where a program calls another."""
+    parser = make_parser(description)
+    parser.add_argument("--optim", choices=OPTIMIZERS, default="normuon")
+    parser.add_argument("--output", type=Path, default=Path("runs/last"), help="folder for checkpoints")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    args = parser.parse_args(arguments)
+    if args.resume and not (args.output.is_dir() and any(args.output.iterdir())):
+        parser.error(f"--resume: there is no checkpoint in {args.output}")
+    return args
 
 
 def make_data(args: argparse.Namespace) -> tuple[Blocks, Subset[Any], int]:
@@ -86,11 +105,14 @@ def make_model(args: argparse.Namespace, vocabulary: int) -> nn.Module:
 
 
 def make_adamw(model: nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
-    """Return the baseline: torch's AdamW, no decay on biases and norms."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Return the baseline: torch's AdamW, with weight decay on the same parameters as NorMuon's."""
+    plan = plan_parameters(model)
     groups = [
-        {"params": [parameter for parameter in trainable if parameter.ndim >= 2], "weight_decay": args.weight_decay},
-        {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [row.parameter for row in plan if (row.algorithm == "normuon") is hidden],
+            "weight_decay": args.weight_decay if hidden else 0.0,
+        }
+        for hidden in (True, False)
     ]
     return torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, fused=True)
 

@@ -107,6 +107,7 @@ def train(args: argparse.Namespace) -> Result:
     states = optimizer.optimizer.state.values()
     state_bytes = sum(value.nbytes for state in states for value in state.values())
     accelerator.free_memory()
+    accelerator.end_training()
     return Result(progress.losses, step_seconds, state_bytes)
 
 

@@ -11,7 +11,9 @@ from tests.models import tiny_llama, token_blocks
 
 
 def blocks(root, language):
-    fences = (root / "README.md").read_text().split("\n```")[1:]  # what stands inside a fence, then what follows it, ...
+    fences = (
+        (root / "README.md").read_text().split("\n```")[1:]
+    )  # what stands inside a fence, then what follows it, ...
     return [block.partition("\n")[2] + "\n" for block in fences[::2] if block.partition("\n")[0] == language]
 
 

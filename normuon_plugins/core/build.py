@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from normuon_plugins.core.optimizer import NorMuon
 from normuon_plugins.core.parameter_plan import plan_parameters
+
+# What each side takes besides the model or its parameters.
+PLAN_OPTIONS = tuple(inspect.signature(plan_parameters).parameters)[1:]
+OPTIMIZER_OPTIONS = tuple(inspect.signature(NorMuon).parameters)[1:]
 
 
 def build_normuon(model: nn.Module, **options: Any) -> NorMuon:
@@ -24,18 +27,9 @@ def build_normuon(model: nn.Module, **options: Any) -> NorMuon:
         TypeError: If an option is not known; the message lists those that are.
         ValueError: See ``plan_parameters`` and ``NorMuon``.
     """
-    check_option_names(options)
-    plan_options = {name: options.pop(name) for name in PLAN_OPTIONS if name in options}
-    plan = plan_parameters(model, **plan_options)
-    return NorMuon(plan.param_groups(), **options)
-
-
-def check_option_names(options: Mapping[str, Any]) -> None:
-    """Raise ``TypeError`` naming each key that ``build_normuon`` does not take, with the list of those it does."""
     unknown = sorted(options.keys() - {*PLAN_OPTIONS, *OPTIMIZER_OPTIONS})
     if unknown:
         raise TypeError(f"unknown options {unknown}; known are {sorted({*PLAN_OPTIONS, *OPTIMIZER_OPTIONS})}.")
-
-
-PLAN_OPTIONS = tuple(inspect.signature(plan_parameters).parameters)[1:]
-OPTIMIZER_OPTIONS = tuple(inspect.signature(NorMuon).parameters)[1:]
+    plan_options = {name: options.pop(name) for name in PLAN_OPTIONS if name in options}
+    plan = plan_parameters(model, **plan_options)
+    return NorMuon(plan.param_groups(), **options)

@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from numbers import Real
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from normuon_plugins.core.layout import parse_layout
-from normuon_plugins.core.orthogonalize import resolve_preset
+from normuon_plugins.core.orthogonalize import PRESETS
 from normuon_plugins.core.update_rules import ADJUST_LR_FNS
 
 DEFAULT_LAYOUT = "o i"
+TRAINABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # float16 is missing on purpose: its range ends at 65504 and 6e-8, and momentum has no loss scale.
 NS_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 # Group key -> the option of NorMuon.__init__ whose value it takes when the group does not say.
 GROUP_KEYS = {
     "normuon": {
-        key: key
-        for key in (
-            "lr",
-            "weight_decay",
-            "momentum",
-            "nesterov",
-            "ns_coefficients",
-            "eps",
-            "ns_steps",
-            "adjust_lr_fn",
-            "beta2",
-            "normalize_neurons",
-            "ns_dtype",
-        )
+        "lr": "lr",
+        "weight_decay": "weight_decay",
+        "momentum": "momentum",
+        "nesterov": "nesterov",
+        "ns_coefficients": "ns_coefficients",
+        "eps": "eps",
+        "ns_steps": "ns_steps",
+        "adjust_lr_fn": "adjust_lr_fn",
+        "beta2": "beta2",
+        "normalize_neurons": "normalize_neurons",
+        "ns_dtype": "ns_dtype",
     },
     "adamw": {
         "lr": "adamw_lr",
@@ -42,6 +42,82 @@ GROUP_KEYS = {
         "weight_decay": "adamw_weight_decay",
     },
 }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_size(value: Any) -> bool:
+    return _is_number(value) and float(value) >= 0
+
+
+def _is_decay(value: Any) -> bool:
+    return _is_size(value) and float(value) < 1
+
+
+def _is_rate(value: Any) -> bool:
+    # The value of a tensor is not looked at: that would stop a GPU at every step.
+    return value.numel() == 1 if isinstance(value, Tensor) else _is_size(value)
+
+
+def _are_numbers(value: Any, count: int, is_right: Callable[[Any], bool]) -> bool:
+    return isinstance(value, Sequence) and len(value) == count and all(map(is_right, value))
+
+
+# Group key or option -> what its value must be, as a test and in words.
+CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "lr": (_is_rate, "a number, at least 0, or a one-element tensor"),
+    "weight_decay": (_is_size, "a number, at least 0"),
+    "momentum": (_is_decay, "a number in [0, 1)"),
+    "nesterov": (lambda value: isinstance(value, bool), "True or False"),
+    "ns_coefficients": (
+        lambda value: value in PRESETS if isinstance(value, str) else _are_numbers(value, 3, _is_number),
+        f"one of {sorted(PRESETS)} or three numbers (a, b, c)",
+    ),
+    "eps": (_is_size, "a number, at least 0"),
+    "ns_steps": (
+        lambda value: isinstance(value, Integral) and not isinstance(value, bool) and 1 <= int(value) < 100,
+        "a whole number from 1 to 99",
+    ),
+    "adjust_lr_fn": (lambda value: value in ADJUST_LR_FNS, f"one of {ADJUST_LR_FNS}"),
+    "beta2": (_is_decay, "a number in [0, 1)"),
+    "normalize_neurons": (lambda value: isinstance(value, bool), "True or False"),
+    "betas": (lambda value: _are_numbers(value, 2, _is_decay), "two numbers in [0, 1)"),
+    "ns_dtype": (
+        lambda value: value is None or str(value).removeprefix("torch.") in NS_DTYPES,
+        f"one of {tuple(NS_DTYPES)}, or None to choose by device",
+    ),
+    "nonfinite": (lambda value: value in ("propagate", "skip", "raise"), "'propagate', 'skip' or 'raise'"),
+    "bucket_bytes": (
+        lambda value: isinstance(value, Integral) and int(value) >= 1,
+        "a whole number of bytes, at least 1",
+    ),
+    "orthogonalize_fn": (
+        lambda value: value is None or callable(value),
+        "a function of a tensor (batch, rows, cols), or None",
+    ),
+}
+
+
+def check_option(name: str, value: Any) -> None:
+    """Raise ``ValueError`` when ``value`` is not what the group key or option ``name`` must be."""
+    is_right, expected = CHECKS[name.removeprefix("adamw_")]
+    if not is_right(value):
+        raise ValueError(f"{name}={value!r} must be {expected}.")
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` unless a complete group is one that a step can take; reads no tensor."""
+    algorithm = group["algorithm"]
+    if algorithm not in GROUP_KEYS:
+        raise ValueError(f"algorithm={algorithm!r} is not known; use one of {tuple(GROUP_KEYS)}.")
+    for key in GROUP_KEYS[algorithm]:
+        check_option(key, group[key])
+    if algorithm == "normuon":
+        parse_layout(group["layout"])
+    elif "layout" in group:
+        raise ValueError(f"layout={group['layout']!r} belongs to algorithm='normuon'; this group says 'adamw'.")
 
 
 def complete_group(group: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,75 +129,32 @@ def complete_group(group: Mapping[str, Any], options: Mapping[str, Any]) -> dict
         options: The arguments of ``NorMuon.__init__`` by name.
 
     Returns:
-        A new dict of primitives; ``params`` is passed on as it is.
+        A new dict of primitives, which any checkpoint format stores; ``params`` is passed on as it is.
 
     Raises:
         ValueError: If the algorithm, the layout or a value is refused.
     """
-    algorithm = group.get("algorithm", "normuon")
-    if algorithm not in GROUP_KEYS:
-        raise ValueError(f"algorithm={algorithm!r} is not known; use one of {tuple(GROUP_KEYS)}.")
-    complete = {**group, "algorithm": algorithm}
-    for key, option in GROUP_KEYS[algorithm].items():
+    complete = {"algorithm": "normuon", **group}
+    keys = GROUP_KEYS.get(complete["algorithm"], {})
+    for key, option in keys.items():
         complete.setdefault(key, options[option])
-    if algorithm == "adamw":
-        if complete["lr"] is None:
-            complete["lr"] = options["lr"]
-        if "layout" in complete:
-            raise ValueError(f"layout={complete['layout']!r} belongs to algorithm='normuon'; this group says 'adamw'.")
-    else:
+    if complete["algorithm"] == "normuon":
         complete.setdefault("layout", DEFAULT_LAYOUT)
-        complete["ns_dtype"] = dtype_name(complete["ns_dtype"])
-        parse_layout(complete["layout"])
-    for key in GROUP_KEYS[algorithm]:
-        check_option(key, complete[key])
-    return complete
+    elif complete.get("lr", 0.0) is None:
+        complete["lr"] = options["lr"]  # adamw_lr=None
+    check_group(complete)
+    return {key: _primitive(value) if key in keys else value for key, value in complete.items()}
 
 
-def check_option(name: str, value: Any) -> None:
-    """Raise ``ValueError`` when ``value`` is outside the range of the group key or option ``name``."""
-    key = name.removeprefix("adamw_")
-    if key == "lr":
-        number = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
-        _require(number and value >= 0, name, value, "a number or a one-element tensor, at least 0")
-    elif key in ("weight_decay", "eps"):
-        _require(isinstance(value, Real) and float(value) >= 0, name, value, "a number, at least 0")
-    elif key in ("momentum", "beta2"):
-        _require(_is_decay(value), name, value, "a number in [0, 1)")
-    elif key == "betas":
-        pair = isinstance(value, Sequence) and len(value) == 2
-        _require(pair and all(map(_is_decay, value)), name, value, "two numbers in [0, 1)")
-    elif key == "ns_steps":
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        _require(whole and 1 <= value < 100, name, value, "a whole number from 1 to 99")
-    elif key in ("nesterov", "normalize_neurons"):
-        _require(isinstance(value, bool), name, value, "True or False")
-    elif key == "adjust_lr_fn":
-        _require(value in ADJUST_LR_FNS, name, value, f"one of {ADJUST_LR_FNS}")
-    elif key == "ns_coefficients":
-        resolve_preset(value)
-    elif key == "ns_dtype":
-        dtype_name(value)
-    elif key == "nonfinite":
-        _require(value in ("propagate", "skip", "raise"), name, value, "'propagate', 'skip' or 'raise'")
-    elif key == "bucket_bytes":
-        _require(isinstance(value, int) and value >= 1, name, value, "a whole number of bytes, at least 1")
-    elif key == "orthogonalize_fn":
-        _require(value is None or callable(value), name, value, "a function of (batch, rows, cols), or None")
-
-
-def dtype_name(ns_dtype: torch.dtype | str | None) -> str | None:
-    """Return ``"bfloat16"`` for ``torch.bfloat16`` and for ``"bfloat16"``; None stays None.
-
-    Raises:
-        ValueError: If Newton-Schulz does not run in that dtype.
-    """
-    if ns_dtype is None:
-        return None
-    name = str(ns_dtype).removeprefix("torch.")
-    if name not in NS_DTYPES:
-        raise ValueError(f"ns_dtype={ns_dtype!r} must be one of {tuple(NS_DTYPES)}, or None to choose by device.")
-    return name
+def _primitive(value: Any) -> Any:
+    """Return numpy's numbers as Python's, lists as tuples, dtypes as names; strings, tensors and None as they are."""
+    if isinstance(value, (bool, str, Tensor)) or value is None:
+        return value
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, Sequence):
+        return tuple(_primitive(entry) for entry in value)
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def check_parameter(parameter: Tensor, name: str, group: Mapping[str, Any]) -> None:
@@ -134,15 +167,20 @@ def check_parameter(parameter: Tensor, name: str, group: Mapping[str, Any]) -> N
 
     Raises:
         TypeError: If the dtype is complex or not floating point.
-        ValueError: If the shape does not fit the layout.
+        ValueError: If the parameter is sharded, or its shape does not fit the layout.
     """
-    if not parameter.is_floating_point():
-        raise TypeError(f"NorMuon trains real floating-point parameters; {name!r} is {parameter.dtype}. Freeze it.")
+    if parameter.dtype not in TRAINABLE_DTYPES:
+        raise TypeError(
+            f"NorMuon trains real floating-point parameters; {name!r} is {parameter.dtype}. Leave it out of the groups."
+        )
+    if isinstance(parameter, DTensor):
+        raise ValueError(
+            f"{name!r} is sharded (a DTensor); this version steps whole parameters only. Use one process or DDP."
+        )
     if group["algorithm"] == "adamw":
         return
-    layout = parse_layout(group["layout"])
     try:
-        layout.check(parameter.shape)
+        parse_layout(group["layout"]).check(parameter.shape)
     except ValueError as error:
         if hasattr(parameter, "_fsdp_flattened"):
             remedy = "It is a flat shard of FSDP1, which hides the matrices: use FSDP2 (fully_shard)."
@@ -160,12 +198,3 @@ def parameter_name(group: Mapping[str, Any], index: int) -> str:
     if "param_names" in group:
         return str(group["param_names"][index])
     return f"parameter {index} of group {group['name']}" if "name" in group else f"parameter {index} of its group"
-
-
-def _is_decay(value: Any) -> bool:
-    return isinstance(value, Real) and 0 <= float(value) < 1
-
-
-def _require(condition: object, name: str, value: Any, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name}={value!r} must be {expected}.")

@@ -2,14 +2,15 @@
 
 A layout is one short string in the order of the parameter's dimensions:
 
-=====================  ==========================================================================================
+=====================  ====================================================================================
 ``"o i"``              ``nn.Linear``: rows are neurons
 ``"i o"``              Hugging Face ``Conv1D``: columns are neurons
 ``"o i i i"``          ``nn.Conv2d``: all input dimensions are flattened into columns
 ``"e o i"``            independent matrices, one per expert
 ``"o=8+4+4 i"``        fused blocks, one after the other; ``"o=4*8 i"`` is eight blocks of four neurons
-``"o%2+2 i"``          fused blocks dealt in turns: neurons 0, 1 to the first, 2, 3 to the second, 4, 5 to the first,
-... =====================  ==========================================================================================
+``"o%2+2 i"``          fused blocks dealt in turns: neurons 0, 1 to the first, 2, 3 to the second, 4, 5 to
+                       the first, ...
+=====================  ====================================================================================
 
 A fused block gets the update that it would get as a parameter of its own.
 """
@@ -20,6 +21,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 
 import torch
@@ -98,8 +100,9 @@ class Layout:
         return tuple(1 if axis == "i" else size for axis, size in zip(self.axes, shape, strict=True))
 
 
+@cache
 def parse_layout(spec: str) -> Layout:
-    """Read a layout string.
+    """Read a layout string. Cached, since every step asks for the layout of every parameter.
 
     Args:
         spec: Axes separated by spaces: one ``o`` (with blocks or without), at least one ``i``, at most one ``e``.
@@ -111,7 +114,7 @@ def parse_layout(spec: str) -> Layout:
         >>> parse_layout("e i o=2*2+4").matrix_shapes((6, 5, 8))
         [(6, 2, 5), (6, 2, 5), (6, 4, 5)]
     """
-    tokens = [_TOKEN.fullmatch(word) for word in spec.split(" ")]
+    tokens = [_TOKEN.fullmatch(word) for word in str(spec).split(" ")]
     axes = tuple(token["axis"] for token in tokens if token)
     fused = [token for token in tokens if token and token["kind"]]
     well_formed = (

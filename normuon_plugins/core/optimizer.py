@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer
 
 from normuon_plugins.core.adamw_step import step_adamw
-from normuon_plugins.core.group_options import check_option, check_parameter, complete_group, parameter_name
+from normuon_plugins.core.group_options import (
+    GROUP_KEYS,
+    check_group,
+    check_option,
+    check_parameter,
+    complete_group,
+    parameter_name,
+)
 from normuon_plugins.core.matrix_step import split_blocks, step_matrices
 from normuon_plugins.core.optimizer_state import check_loadable, create_state, restore_float32
 from normuon_plugins.core.update_rules import update_momentum
@@ -73,9 +80,10 @@ class NorMuon(Optimizer):
     Differences from the paper and from the authors' code:
         - ``adjust_lr_fn="original"`` is the authors' scaling; the default is the paper's.
         - ``p.grad`` is never written, and float32 parameters work (the authors' code writes the one and refuses the
-        other).
-        - Newton-Schulz divides by the exact norm of each matrix, without an epsilon, so tiny gradients keep their
-        direction.
+          other).
+        - Newton-Schulz divides by the largest entry of each matrix, then by its norm, without an epsilon: gradients of
+          any scale keep their direction, where a norm alone under- or overflows in float32.
+        - Momentum enters Newton-Schulz, and directions leave the neuron step, in ``ns_dtype``.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.eye(2))
@@ -121,7 +129,7 @@ class NorMuon(Optimizer):
             "beta2": beta2,
             "normalize_neurons": normalize_neurons,
             "adamw_lr": adamw_lr,
-            "adamw_betas": tuple(adamw_betas),
+            "adamw_betas": adamw_betas,
             "adamw_eps": adamw_eps,
             "adamw_weight_decay": adamw_weight_decay,
             "ns_dtype": ns_dtype,
@@ -144,6 +152,12 @@ class NorMuon(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}.")
         group = complete_group(param_group, self.defaults)
+        foreign = sorted(param_group.keys() & self.defaults.keys() - GROUP_KEYS[group["algorithm"]].keys())
+        if foreign:
+            raise ValueError(
+                f"a group with algorithm={group['algorithm']!r} does not read {foreign}; its keys are"
+                f" {sorted(GROUP_KEYS[group['algorithm']])}."
+            )
         own_keys = {*group, "param_names"}
         super().add_param_group(group)
         for key in group.keys() - own_keys:
@@ -163,7 +177,7 @@ class NorMuon(Optimizer):
                 optimizer is then as it was.
         """
         check_loadable(self.param_groups, state_dict)
-        # A checkpoint of an older version may lack a key that groups have now.
+        # torch puts the saved groups in place of ours, and a checkpoint of an older version may lack a key of today.
         groups = [complete_group(group, self.defaults) for group in state_dict["param_groups"]]
         super().load_state_dict({**state_dict, "param_groups": groups})
         restore_float32(self.state, self.param_groups, state_dict)
@@ -188,7 +202,8 @@ class NorMuon(Optimizer):
             The closure's result, else None.
 
         Raises:
-            ValueError: If a parameter does not fit its group, or a gradient is sparse; names it.
+            ValueError: If a group was edited into something that cannot be, a parameter does not fit its group, or a
+                gradient is sparse; names it.
             FloatingPointError: Under ``nonfinite="raise"``; names the parameters.
         """
         loss = None
@@ -201,14 +216,16 @@ class NorMuon(Optimizer):
             if member.parameter not in self.state:
                 self.state[member.parameter] = create_state(member.parameter, member.group)
         self._step_matrices([member for member in live if member.group["algorithm"] == "normuon"])
-        for group in self.param_groups:
-            self._step_adamw([member for member in live if member.group is group and group["algorithm"] == "adamw"])
+        others = [member for member in live if member.group["algorithm"] == "adamw"]
+        for _, members in groupby(others, key=lambda member: id(member.group)):
+            self._step_adamw(list(members))
         return loss
 
     def _check_trainable(self) -> list[_Member]:
         """Return every parameter that requires a gradient; raise if any of them cannot be stepped."""
         members = []
         for group in self.param_groups:
+            check_group(group)
             for index, parameter in enumerate(group["params"]):
                 if parameter.requires_grad:
                     member = _Member(parameter, group, parameter_name(group, index))
@@ -243,13 +260,12 @@ class NorMuon(Optimizer):
         )
 
     def _step_adamw(self, members: list[_Member]) -> None:
-        if members:
-            step_adamw(
-                [member.parameter for member in members],
-                [member.gradient for member in members],
-                [self.state[member.parameter] for member in members],
-                members[0].group,
-            )
+        step_adamw(
+            [member.parameter for member in members],
+            [member.gradient for member in members],
+            [self.state[member.parameter] for member in members],
+            members[0].group,
+        )
 
 
 class _Member(NamedTuple):
@@ -268,10 +284,6 @@ class _Member(NamedTuple):
 def _check_member(member: _Member) -> None:
     """Raise unless the parameter and its gradient can be stepped; see ``check_parameter``."""
     check_parameter(member.parameter, member.name, member.group)
-    if isinstance(member.parameter, DTensor):
-        raise ValueError(
-            f"{member.name!r} is sharded (a DTensor). This version steps whole parameters: one process or DDP."
-        )
     gradient = member.parameter.grad
     if gradient is not None and gradient.layout != torch.strided:
         raise ValueError(f"{member.name!r} has a sparse gradient; build its embedding with sparse=False.")

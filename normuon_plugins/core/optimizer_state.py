@@ -46,18 +46,47 @@ def create_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tenso
 def check_loadable(param_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` unless a NorMuon with these parameters on these algorithms wrote ``state_dict``.
 
-    A parameter that moved from one algorithm to the other would otherwise silently get the other's state.
+    torch matches parameters by their place in the groups. Under another plan the places differ, and a parameter would
+    silently get another one's state, so names, algorithms and layouts are compared first where both sides have them.
     """
-    for group, saved_group in zip(param_groups, state_dict["param_groups"], strict=False):
-        if "algorithm" not in saved_group:
-            raise ValueError(
-                "The checkpoint's groups have no 'algorithm': another optimizer wrote it. Resume with that one, or"
-                " start NorMuon without its state."
-            )
+    saved_groups = state_dict["param_groups"]
+    if any("algorithm" not in group for group in saved_groups):
+        raise ValueError(
+            "The checkpoint's groups have no 'algorithm': another optimizer wrote it. Resume with that one, or start"
+            " NorMuon without its state."
+        )
+    here, saved = _routes(param_groups), _routes(saved_groups)
+    if here.keys() == saved.keys():
+        for name, route in here.items():
+            if saved[name] != route:
+                raise ValueError(
+                    f"{name!r} is on {_words(route)} here and on {_words(saved[name])} in the checkpoint."
+                    " Load with the plan (overrides) that the checkpoint was written with."
+                )
+        if list(here) != list(saved):
+            raise ValueError("The checkpoint holds the same parameters in another order; build the groups as it did.")
+    for group, saved_group in zip(param_groups, saved_groups, strict=False):
         for index, (parameter, saved_id) in enumerate(zip(group["params"], saved_group["params"], strict=False)):
-            saved = state_dict["state"].get(saved_id)
-            if saved:
-                _check_saved_state(parameter, parameter_name(group, index), group, saved)
+            state = state_dict["state"].get(saved_id)
+            if state:
+                _check_saved_state(parameter, parameter_name(group, index), group, state)
+
+
+def _routes(param_groups: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str | None]]:
+    """Return the algorithm and layout of every parameter by its name, or by its place where groups have no names."""
+    return {
+        f"{number}: {parameter_name(group, index)}" if "param_names" not in group else parameter_name(group, index): (
+            group["algorithm"],
+            group.get("layout"),
+        )
+        for number, group in enumerate(param_groups)
+        for index in range(len(group["params"]))
+    }
+
+
+def _words(route: tuple[str, str | None]) -> str:
+    algorithm, layout = route
+    return algorithm if layout is None else f"{algorithm} with layout {layout!r}"
 
 
 def _check_saved_state(parameter: Tensor, name: str, group: Mapping[str, Any], saved: Mapping[str, Any]) -> None:

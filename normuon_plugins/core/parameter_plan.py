@@ -6,15 +6,13 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from normuon_plugins.core.group_options import DEFAULT_LAYOUT, TRAINABLE_DTYPES
 from normuon_plugins.core.layout import parse_layout
 from normuon_plugins.core.model_facts import ModelFacts
 from normuon_plugins.core.parameter_rules import LORA_POLICIES, Decision, decide
 from normuon_plugins.core.plan_table import PlannedParameter, format_plan
-
-TRAINABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class ParameterPlan:
@@ -129,6 +127,10 @@ def _match_overrides(
     chosen: dict[str, str] = {}
     pattern_of: dict[str, str] = {}
     for pattern, target in overrides.items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"override {pattern!r} is no regular expression: {error}.") from None
         matched = [
             name
             for name, parameter in trainable.items()
@@ -152,7 +154,7 @@ def _apply_override(name: str, parameter: Tensor, target: str, decision: Decisio
     if target == "adamw":
         return Decision(None, "override", decision.decay)
     if target == "normuon":
-        target = decision.layout or "o i"
+        target = decision.layout or DEFAULT_LAYOUT
     try:
         parse_layout(target).check(parameter.shape)
     except ValueError as error:

@@ -105,9 +105,7 @@ def _router(owner: Owner, parameter: Tensor) -> Decision | None:
 
 def _expert_counts(module: nn.Module) -> set[int]:
     """Return the numbers of experts that ``module`` may hold: as an attribute, as a list, as stacked weights."""
-    if isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
-        return set()  # a Conv1d's weight is 3-D too
-    counts = {parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.ndim == 3}
+    counts = {stack.shape[0] for stack in _expert_pair(module) if stack is not None}
     if isinstance(getattr(module, "num_experts", None), int):
         counts.add(module.num_experts)  # type: ignore[arg-type]
     if isinstance(module, nn.ModuleList) and any("expert" in type(child).__name__.lower() for child in module):

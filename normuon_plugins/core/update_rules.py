@@ -122,8 +122,16 @@ def normuon_direction(
 
     Returns:
         New tensor, shape and dtype of ``update``. The parameter moves by ``-lr`` times it.
+
+    Raises:
+        ValueError: If ``orthogonalize`` returns another shape or dtype.
     """
     orthogonalized = orthogonalize(update)
+    if orthogonalized.shape != update.shape or orthogonalized.dtype != update.dtype:
+        raise ValueError(
+            f"orthogonalize_fn must return a tensor like its input, {tuple(update.shape)} {update.dtype};"
+            f" it returned {tuple(orthogonalized.shape)} {orthogonalized.dtype}."
+        )
     if not normalize:
         return rescale(orthogonalized, orthogonalized, adjust_lr_fn=adjust_lr_fn)
     normalized = normalize_neurons(orthogonalized, second_momentum_buffer, beta2=beta2, eps=eps)

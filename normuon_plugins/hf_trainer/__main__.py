@@ -20,7 +20,10 @@ USAGE = "usage: python -m normuon_plugins.hf_trainer (SCRIPT.py | -m MODULE) [ar
 
 def main(arguments: list[str]) -> None:
     """Register NorMuon and run the script as Python itself would, in this process."""
-    if not arguments or arguments[0] in ("-h", "--help") or arguments == ["-m"]:
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(USAGE)
+        return
+    if arguments in ([], ["-m"]):
         raise SystemExit(USAGE)
     register_normuon()
     if arguments[0] == "-m":

@@ -48,15 +48,14 @@ def normuon_options(args: TrainingArguments, optim_args: Mapping[str, str]) -> d
             " The learning rate and weight decay are set by learning_rate and weight_decay."
         )
     options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    adam = ("adam_beta1", "adam_beta2", "adam_epsilon")
     defaults = {field.name: field.default for field in fields(TrainingArguments)}
-    beta1, beta2 = inspect.signature(NorMuon).parameters["adamw_betas"].default
-    if args.adam_beta1 != defaults["adam_beta1"]:
-        beta1 = args.adam_beta1
-    if args.adam_beta2 != defaults["adam_beta2"]:
-        beta2 = args.adam_beta2
-    options["adamw_betas"] = (beta1, beta2)
-    if args.adam_epsilon != defaults["adam_epsilon"]:
-        options["adamw_eps"] = args.adam_epsilon
+    changed = {name: getattr(args, name) for name in adam if getattr(args, name) != defaults[name]}
+    if changed.keys() & {"adam_beta1", "adam_beta2"}:
+        beta1, beta2 = inspect.signature(NorMuon).parameters["adamw_betas"].default
+        options["adamw_betas"] = (changed.get("adam_beta1", beta1), changed.get("adam_beta2", beta2))
+    if "adam_epsilon" in changed:
+        options["adamw_eps"] = changed["adam_epsilon"]
     return options | {key: parse_value(text) for key, text in optim_args.items()}
 
 

@@ -3,6 +3,7 @@
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -97,6 +98,7 @@ def refused(optimizer, state_dict, message):
         optimizer.load_state_dict(state_dict)
     after = optimizer.state_dict()
     assert before["param_groups"] == after["param_groups"]
+    assert before["state"].keys() == after["state"].keys()
     for key, state in before["state"].items():
         assert all(torch.equal(after["state"][key][name], value) for name, value in state.items())
 
@@ -110,24 +112,54 @@ def test_checkpoint_of_another_optimizer_is_refused():
     refused(optimizer, other.state_dict(), "another optimizer wrote it")
 
 
-def test_parameter_that_changed_algorithm_is_refused_by_name():
-    model, optimizer = trained()
-    moved = build_normuon(model, overrides={r"layers\.1\.mlp\.down_proj": "adamw"}, **OPTIONS)
-    # Same number of groups and of parameters in each, as far as torch would look.
-    state = optimizer.state_dict()
-    rows = [group["name"] for group in moved.param_groups]
-    assert rows == ["normuon_o_i", "adamw", "adamw_no_decay"]
-    for group, new in zip(state["param_groups"], moved.param_groups, strict=True):
-        group["params"] = []
-        del new
-    names = {name: number for number, name in enumerate(saved_names(optimizer))}
-    for group, new in zip(state["param_groups"], moved.param_groups, strict=True):
-        group["params"] = [names[name] for name in new["param_names"]]
-    refused(moved, state, r"'model.layers.1.mlp.down_proj.weight' is on 'adamw' here; .*momentum_buffer")
+@pytest.mark.parametrize(
+    ("pattern", "target", "message"),
+    [
+        (
+            r"layers\.0\.self_attn\.q_proj",
+            "adamw",
+            r"'model.layers.0.self_attn.q_proj.weight' is on adamw here and on normuon with layout 'o i'",
+        ),
+        ("lm_head", "normuon", "'lm_head.weight' is on normuon with layout 'o i' here and on adamw in the checkpoint"),
+        (r"1\.mlp\.up_proj", "i o", "'model.layers.1.mlp.up_proj.weight' is on normuon with layout 'i o' here"),
+    ],
+)
+def test_another_plan_is_refused_by_the_name_of_the_parameter_that_moved(pattern, target, message):
+    _, optimizer = trained()
+    moved = build_normuon(tiny_llama(), overrides={pattern: target}, **OPTIONS)
+    refused(moved, optimizer.state_dict(), message)
 
 
-def saved_names(optimizer):
-    return [name for group in optimizer.param_groups for name in group["param_names"]]
+def test_without_names_an_algorithm_that_changed_is_still_refused():
+    weight = torch.nn.Parameter(torch.ones(3, 3))
+    saved = NorMuon([weight]).state_dict()  # no state yet: nothing but the groups could tell
+    refused(NorMuon([{"params": [weight], "algorithm": "adamw"}]), saved, "is on adamw here and on normuon")
+
+
+def test_the_same_parameters_in_another_order_are_refused():
+    first, second = (torch.nn.Parameter(torch.ones(3, 3)) for _ in range(2))
+    saved = NorMuon([("first", first), ("second", second)]).state_dict()
+    refused(NorMuon([("second", second), ("first", first)]), saved, "in another order")
+
+
+def test_names_that_only_gained_a_prefix_load_by_place():
+    # an optimizer built on a DistributedDataParallel model sees "module." before every name
+    weight = torch.nn.Parameter(torch.ones(3, 3))
+    saved = NorMuon([("module.weight", weight)], beta2=0.5).state_dict()
+    optimizer = NorMuon([("weight", weight)])
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["beta2"] == 0.5
+
+
+def test_numpy_numbers_are_stored_as_python_numbers():
+    weight = torch.nn.Parameter(torch.ones(3, 3))
+    options = {"lr": np.float64(0.1), "momentum": np.float32(0.5), "ns_steps": np.int64(4)}
+    file = io.BytesIO()
+    torch.save(NorMuon([weight], **options, ns_coefficients=[3.4, -4.7, 2.0]).state_dict(), file)
+    file.seek(0)
+    group = torch.load(file, weights_only=True)["param_groups"][0]
+    assert (group["lr"], group["momentum"], group["ns_steps"]) == (0.1, 0.5, 4)
+    assert group["ns_coefficients"] == (3.4, -4.7, 2.0)
 
 
 def test_parameter_of_another_shape_is_refused_by_name():

@@ -1,10 +1,16 @@
 """What a parameter group may hold, and how refusals read."""
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from normuon_plugins import NorMuon, plan_parameters
+from normuon_plugins.core.group_options import CHECKS, GROUP_KEYS
+from normuon_plugins.core.matrix_step import BATCH_OPTIONS
 from tests.models import tiny_llama
 
 
@@ -33,6 +39,27 @@ def test_named_parameters_are_accepted():
 def test_anything_but_2d_is_refused_in_a_bare_group(shape):
     with pytest.raises(ValueError, match="NorMuon needs matrices; 'parameter 1 of its group'"):
         NorMuon([nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(shape))])
+
+
+def test_sharded_parameters_are_refused_when_the_optimizer_is_built(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = nn.Linear(4, 4, bias=False)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=r"'weight' is sharded \(a DTensor\).*one process or DDP"):
+            NorMuon(plan_parameters(model).param_groups())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_every_option_has_a_check_and_every_group_key_an_option():
+    options = set(inspect.signature(NorMuon).parameters) - {"params"}
+    assert {option.removeprefix("adamw_") for option in options} == set(CHECKS)
+    taken = {option for keys in GROUP_KEYS.values() for option in keys.values()}
+    assert taken | {"nonfinite", "bucket_bytes", "orthogonalize_fn"} == options
+    # what a batch may not mix, and what is read block by block or only applied at the end
+    assert set(BATCH_OPTIONS) | {"lr", "weight_decay", "momentum", "nesterov", "ns_dtype"} == set(GROUP_KEYS["normuon"])
 
 
 def test_flat_shards_of_fsdp1_are_told_to_use_fsdp2():
@@ -86,6 +113,12 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was():
         ("nonfinite", "ignore"),
         ("bucket_bytes", 0),
         ("orthogonalize_fn", "muon"),
+        ("lr", True),
+        ("lr", float("inf")),
+        ("ns_coefficients", None),
+        ("ns_coefficients", ("a", "b", "c")),
+        ("adamw_betas", None),
+        ("adamw_betas", 0.9),
     ],
 )
 def test_values_out_of_range_are_refused_with_name_and_value(option, value):
@@ -101,6 +134,12 @@ def test_values_out_of_range_are_refused_with_name_and_value(option, value):
         ({"layout": "o=2+2 i"}, "add up to 4"),
         ({"algorithm": "adamw", "layout": "o i"}, "belongs to algorithm='normuon'"),
         ({"algorithm": "adamw", "betas": 0.9}, "betas=0.9"),
+        ({"layout": None}, "layout None is not understood"),
+        (
+            {"algorithm": "adamw", "adamw_lr": 0.1},
+            r"'adamw' does not read \['adamw_lr'\]; its keys are \['betas', 'eps', 'lr'",
+        ),
+        ({"bucket_bytes": 5}, r"'normuon' does not read \['bucket_bytes'\]"),
     ],
 )
 def test_groups_that_contradict_themselves_are_refused(group, message):

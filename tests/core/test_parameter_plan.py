@@ -151,6 +151,14 @@ def test_wrapping_a_hugging_face_model_changes_nothing():
     assert layouts(wrapper) == inside
 
 
+def test_linear_beside_a_bilinear_is_no_router():
+    block = nn.Module()
+    block.linear, block.bilinear = nn.Linear(4, 6), nn.Bilinear(4, 4, 6)
+    found = layouts(block)
+    assert found["linear.weight"] == "o i"
+    assert found["bilinear.weight"] is None
+
+
 def test_linear_gate_beside_a_list_of_experts_is_a_router():
     class Expert(nn.Linear):
         pass
@@ -234,6 +242,7 @@ def test_override_finds_a_tied_weight_by_any_of_its_names():
             r"'linear1' and '1\\\\.weight' both match 'layer.linear1.weight'",
         ),
         ({"norm1.weight": "normuon"}, "override of 'layer.norm1.weight'.*'o i' describes 2 dimensions"),
+        ({"(": "adamw"}, r"override '\(' is no regular expression: missing \)"),
         ({"linear1.weight": "sgd"}, "override of 'layer.linear1.weight': layout 'sgd' is not understood"),
     ],
 )

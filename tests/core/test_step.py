@@ -226,17 +226,20 @@ def test_gradient_scaler_skips_a_step_with_inf_and_then_goes_on():
     assert not torch.equal(weight, before)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_parameter_dtypes(dtype):
-    weight, bias = matrix_and_bias(dtype)
-    optimizer = NorMuon(groups(weight, bias), lr=0.1)
-    before = weight.detach().clone()
-    backward(weight, bias)
-    optimizer.step()
-    assert weight.dtype == dtype
-    assert not torch.equal(weight, before)
-    assert optimizer.state[weight]["momentum_buffer"].dtype == dtype
-    assert optimizer.state[weight]["second_momentum_buffer"].dtype == torch.float32
+# Relative to the distance moved in float64, over three steps: each step rounds the parameter once or twice.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 0.05), (torch.bfloat16, 0.3)])
+def test_other_parameter_dtypes_follow_float64(dtype, tolerance):
+    moved = {}
+    for kind in (torch.float64, dtype):
+        weight, bias = (torch.nn.Parameter(torch.ones(shape, dtype=kind)) for shape in ((6, 4), (6,)))
+        optimizer = NorMuon(groups(weight, bias), lr=0.5, ns_dtype="float32")
+        for step in range(3):
+            backward(weight, bias, seed=step)
+            optimizer.step()
+        moved[kind] = (weight.detach() - 1).double()
+        assert optimizer.state[weight]["momentum_buffer"].dtype == kind
+        assert optimizer.state[weight]["second_momentum_buffer"].dtype == torch.float32
+    assert (moved[dtype] - moved[torch.float64]).norm() < tolerance * moved[torch.float64].norm()
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -279,40 +282,65 @@ def test_nonfinite_skip_leaves_that_parameter_and_counts():
     assert optimizer.skipped_steps == 1
 
 
-def test_nonfinite_raise_names_the_parameter_before_any_write():
-    weight, bias = matrix_and_bias()
-    optimizer = NorMuon(groups(weight, bias), nonfinite="raise", lr=0.1)
-    backward(weight, bias)
-    optimizer.step()
-    before = snapshot(optimizer)
+def spoil_gradient_with_nan(optimizer, weight, bias):
+    optimizer.defaults["nonfinite"] = "raise"
     bias.grad[0] = float("nan")
-    with pytest.raises(FloatingPointError, match="'bias'"):
-        optimizer.step()
-    assert_unchanged(optimizer, before)
 
 
-def test_sparse_gradient_is_refused_before_any_write():
-    weight, bias = matrix_and_bias()
-    optimizer = NorMuon(groups(weight, bias), lr=0.1)
-    backward(weight, bias)
-    optimizer.step()
-    before = snapshot(optimizer)
+def spoil_gradient_with_sparsity(optimizer, weight, bias):
     bias.grad = torch.randn(6).to_sparse()
-    with pytest.raises(ValueError, match=r"'bias' has a sparse gradient"):
-        optimizer.step()
-    assert_unchanged(optimizer, before)
 
 
-def test_a_group_edited_into_nonsense_is_refused_before_any_write():
+def edit(key, value, group=0):
+    def spoil(optimizer, weight, bias):
+        optimizer.param_groups[group][key] = value
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (spoil_gradient_with_nan, FloatingPointError, r"NaN or infinity in \['bias'\]"),
+        (spoil_gradient_with_sparsity, ValueError, "'bias' has a sparse gradient"),
+        (edit("layout", "o i i"), ValueError, r"'weight' has shape \(6, 4\).*describes 3 dimensions"),
+        (edit("layout", None), ValueError, "layout None is not understood"),
+        (edit("algorithm", "sgd"), ValueError, "algorithm='sgd' is not known"),
+        (edit("lr", None), ValueError, "lr=None"),
+        (edit("lr", -1.0), ValueError, "lr=-1.0"),
+        (edit("weight_decay", float("inf")), ValueError, "weight_decay=inf"),
+        (edit("momentum", 1.0), ValueError, "momentum=1.0"),
+        (edit("nesterov", "yes"), ValueError, "nesterov='yes'"),
+        (edit("ns_coefficients", "quick"), ValueError, "ns_coefficients='quick'"),
+        (edit("ns_steps", "5"), ValueError, "ns_steps='5'"),
+        (edit("eps", None), ValueError, "eps=None"),
+        (edit("adjust_lr_fn", "rms"), ValueError, "adjust_lr_fn='rms'"),
+        (edit("beta2", 2.0), ValueError, "beta2=2.0"),
+        (edit("normalize_neurons", None), ValueError, "normalize_neurons=None"),
+        (edit("ns_dtype", "float8"), ValueError, "ns_dtype='float8'"),
+        (edit("betas", (0.9, 1.0), group=1), ValueError, r"betas=\(0.9, 1.0\)"),
+        (edit("layout", "o i", group=1), ValueError, "belongs to algorithm='normuon'"),
+    ],
+)
+def test_a_step_that_cannot_be_taken_is_refused_before_any_write(spoil, error, message):
     weight, bias = matrix_and_bias()
     optimizer = NorMuon(groups(weight, bias), lr=0.1)
     backward(weight, bias)
     optimizer.step()
     before = snapshot(optimizer)
-    optimizer.param_groups[0]["layout"] = "o i i"
-    with pytest.raises(ValueError, match=r"'weight' has shape \(6, 4\).*describes 3 dimensions"):
+    spoil(optimizer, weight, bias)
+    with pytest.raises(error, match=message):
         optimizer.step()
     assert_unchanged(optimizer, before)
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x[0], lambda x: x.double()])
+def test_an_orthogonalizer_that_changes_shape_or_dtype_is_named(wrong):
+    weight, _ = matrix_and_bias()
+    optimizer = NorMuon([weight], orthogonalize_fn=wrong, ns_dtype="float32")
+    backward(weight)
+    with pytest.raises(ValueError, match="orthogonalize_fn must return a tensor like its input"):
+        optimizer.step()
 
 
 def test_replaced_parameters_are_found_at_the_next_step():
