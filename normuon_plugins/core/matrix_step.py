@@ -55,6 +55,8 @@ class MatrixBlock:
 
     def select(self, part: Slice) -> MatrixBlock:
         """Return matrices ``part.start`` to ``part.stop`` of this block."""
+        if (part.start, part.stop) == (0, self.parameter.shape[0]):
+            return self
         chosen = slice(part.start, part.stop)
         return MatrixBlock(
             self.parameter[chosen],

@@ -46,6 +46,8 @@ class ModelFacts:
                 self.owners.setdefault(parameter, []).append(Owner(name, module, attribute, parent))
         self._embeddings = _input_embeddings(model)
         self._heads = _output_heads(model)
+        linears = [module for module in modules.values() if isinstance(module, nn.Linear)]
+        self._possible_head = linears[-1] if linears and not self._heads else None
 
     def is_embedding(self, module: nn.Module) -> bool:
         """Return whether ``module`` is an embedding, or part of what the model calls its input embeddings."""
@@ -54,6 +56,10 @@ class ModelFacts:
     def is_head(self, module: nn.Module) -> bool:
         """Return whether ``module`` is an output head."""
         return module in self._heads
+
+    def may_be_head(self, module: nn.Module) -> bool:
+        """Return whether ``module`` is the last Linear of a model that says nothing of its output head."""
+        return module is self._possible_head
 
 
 def _input_embeddings(model: nn.Module) -> set[nn.Module]:

@@ -52,7 +52,7 @@ def decide(parameter: Tensor, facts: ModelFacts, lora: str) -> Decision:
         if found := _table_or_head(owner, facts) or _router(owner, parameter):
             return found
     for owner in owners:
-        if found := _projection(owner) or _convolution(owner) or _experts(owner, parameter):
+        if found := _projection(owner, facts) or _convolution(owner) or _experts(owner, parameter):
             return found if found.layout is None else _matrix(parameter, found)
     owner = owners[0]
     kind = type(owner.module).__name__
@@ -113,10 +113,12 @@ def _expert_counts(module: nn.Module) -> set[int]:
     return counts
 
 
-def _projection(owner: Owner) -> Decision | None:
+def _projection(owner: Owner, facts: ModelFacts) -> Decision | None:
     module, attribute = owner.module, owner.attribute
     if isinstance(module, nn.Linear) and attribute == "weight":
-        return Decision("o i", type(module).__name__)
+        kind = type(module).__name__
+        doubt = " (the last one, and no output head was recognised: override it if this is the head)"
+        return Decision("o i", kind + doubt if facts.may_be_head(module) else kind)
     # transformers.pytorch_utils.Conv1D, known by its only size attribute: nf, the number of outputs.
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and attribute == "weight":
         return Decision("i o", "Conv1D, stored (in, out)")

@@ -11,7 +11,7 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments, Trainer, Tr
 from transformers.training_args import OptimizerNames
 
 from normuon_plugins import NorMuon
-from normuon_plugins.hf_trainer import register_normuon, unregister_normuon
+from normuon_plugins.hf_trainer import NorMuonFactory, register_normuon, unregister_normuon
 from tests.adapters.training import examples, trainer_arguments, weights
 from tests.models import max_difference, tiny_llama
 
@@ -124,6 +124,20 @@ def test_resume_equals_the_uninterrupted_run(tmp_path):
     whole = run(tmp_path, seed=0)
     resumed = run(tmp_path, seed=7, resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert max_difference(resumed, whole) == 0
+
+
+def test_overrides_go_in_by_the_factory(tmp_path):
+    options = {"lr": 0.1, "overrides": {"down_proj": "adamw"}}
+    arguments = trainer_arguments(tmp_path, optim="adamw_torch", optim_args=None)
+    trainer = Trainer(
+        model=tiny_llama(),
+        args=arguments,
+        train_dataset=examples(),
+        optimizer_cls_and_kwargs=(NorMuonFactory, options),
+    )
+    optimizer = trainer.create_optimizer()
+    assert isinstance(optimizer, NorMuon)
+    assert "model.layers.0.mlp.down_proj.weight" in optimizer.param_groups[1]["param_names"]
 
 
 def test_logged_learning_rate_is_that_of_the_matrices(tmp_path):

@@ -144,6 +144,12 @@ def test_a_model_without_conventions():
     }
 
 
+def test_the_last_layer_of_a_model_without_a_recognised_head_says_so():
+    plan = plan_parameters(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)))
+    assert plan["0.weight"].reason == "Linear"
+    assert "no output head was recognised" in plan["2.weight"].reason
+
+
 def test_wrapping_a_hugging_face_model_changes_nothing():
     wrapper = nn.Module()
     wrapper.model = tiny_llama()
@@ -315,7 +321,7 @@ def test_rows_as_json_types():
         "algorithm": "normuon",
         "layout": "o i",
         "decay": True,
-        "reason": "Linear",
+        "reason": "Linear (the last one, and no output head was recognised: override it if this is the head)",
     }
 
 
