@@ -117,26 +117,7 @@ class NorMuon(Optimizer):
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         orthogonalize_fn: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        options = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_coefficients": ns_coefficients,
-            "eps": eps,
-            "ns_steps": ns_steps,
-            "adjust_lr_fn": adjust_lr_fn,
-            "beta2": beta2,
-            "normalize_neurons": normalize_neurons,
-            "adamw_lr": adamw_lr,
-            "adamw_betas": adamw_betas,
-            "adamw_eps": adamw_eps,
-            "adamw_weight_decay": adamw_weight_decay,
-            "ns_dtype": ns_dtype,
-            "nonfinite": nonfinite,
-            "bucket_bytes": bucket_bytes,
-            "orthogonalize_fn": orthogonalize_fn,
-        }
+        options = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         for name, value in options.items():
             if not (name == "adamw_lr" and value is None):
                 check_option(name, value)
