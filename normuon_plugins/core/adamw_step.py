@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-# Devices whose fused kernel takes every floating dtype and a tensor lr; elsewhere torch chooses foreach or a loop.
+# Devices whose fused kernel takes every floating dtype and a tensor lr.
 FUSED_DEVICES = ("cpu", "cuda")
 
 
@@ -18,7 +18,7 @@ def step_adamw(
     states: Sequence[Mapping[str, Tensor]],
     group: Mapping[str, Any],
 ) -> None:
-    """Take one AdamW step on the parameters of one group; bitwise ``torch.optim.AdamW(fused=True)`` where that runs.
+    """Take one AdamW step on the parameters of one group, fused where that is right.
 
     Args:
         parameters: Any shapes. Modified in place.
@@ -27,19 +27,37 @@ def step_adamw(
         group: ``lr``, ``betas``, ``eps``, ``weight_decay``.
     """
     beta1, beta2 = group["betas"]
-    adamw(
-        list(parameters),
-        [gradient.to(parameter.dtype) for gradient, parameter in zip(gradients, parameters, strict=True)],
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
-        [],
-        [state["step"] for state in states],
-        fused=all(parameter.device.type in FUSED_DEVICES for parameter in parameters) or None,
-        amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=False,
-    )
+    rows = [
+        (parameter, gradient.to(parameter.dtype), state["exp_avg"], state["exp_avg_sq"], state["step"])
+        for parameter, gradient, state in zip(parameters, gradients, states, strict=True)
+    ]
+    for fused in (True, False):
+        chosen = [row for row in rows if _fits_fused_kernel(*row[:4]) is fused]
+        if not chosen:
+            continue
+        params, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*chosen, strict=True))
+        adamw(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            steps,
+            fused=fused or None,  # None: torch chooses between foreach and a loop
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def _fits_fused_kernel(*tensors: Tensor) -> bool:
+    """Return whether the fused kernel reads these tensors right.
+
+    On CPU it walks their memory, whatever the strides (torch 2.13): an element of a transposed or sliced parameter gets
+    another's update, or its neighbours in memory do.
+    """
+    return all(tensor.device.type in FUSED_DEVICES and tensor.is_contiguous() for tensor in tensors)

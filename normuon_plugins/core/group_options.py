@@ -143,6 +143,8 @@ def complete_group(group: Mapping[str, Any], options: Mapping[str, Any]) -> dict
     elif complete.get("lr", 0.0) is None:
         complete["lr"] = options["lr"]  # adamw_lr=None
     check_group(complete)
+    if isinstance(complete["lr"], Tensor) and not bool(complete["lr"] >= 0):
+        raise ValueError(f"lr={complete['lr']!r} must be {CHECKS['lr'][1]}.")
     return {key: _primitive(value) if key in keys else value for key, value in complete.items()}
 
 

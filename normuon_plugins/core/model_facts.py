@@ -20,13 +20,13 @@ class Owner(NamedTuple):
         name: FQN of the parameter through this place.
         module: The module that holds it.
         attribute: Its name there, such as ``"weight"``.
-        parent: The module that holds ``module``; None at the root.
+        ancestors: The modules above ``module``, the nearest first.
     """
 
     name: str
     module: nn.Module
     attribute: str
-    parent: nn.Module | None
+    ancestors: tuple[nn.Module, ...]
 
 
 class ModelFacts:
@@ -38,15 +38,13 @@ class ModelFacts:
 
     def __init__(self, model: nn.Module) -> None:
         self.owners: dict[Tensor, list[Owner]] = {}
-        modules = dict(model.named_modules(remove_duplicate=False))
-        for path, module in modules.items():
-            parent = modules[path.rpartition(".")[0]] if path else None
+        for path, module, ancestors in _walk(model):
             for attribute, parameter in module.named_parameters(recurse=False):
-                name = f"{path}.{attribute}" if path else attribute
-                self.owners.setdefault(parameter, []).append(Owner(name, module, attribute, parent))
+                owner = Owner(f"{path}{attribute}", module, attribute, ancestors)
+                self.owners.setdefault(parameter, []).append(owner)
         self._embeddings = _input_embeddings(model)
         self._heads = _output_heads(model)
-        linears = [module for module in modules.values() if isinstance(module, nn.Linear)]
+        linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
         self._possible_head = linears[-1] if linears and not self._heads else None
 
     def is_embedding(self, module: nn.Module) -> bool:
@@ -82,17 +80,34 @@ def _output_heads(model: nn.Module) -> set[nn.Module]:
             heads |= {part for part in module.modules() if isinstance(part, nn.Linear) and part not in trunk}
         width = getattr(getattr(module, "config", None), "projection_dim", None)
         heads |= {part for part in module.children() if isinstance(part, nn.Linear) and part.out_features == width}
-    return heads or _vocabulary_head(model)
+    return heads | _vocabulary_heads(model)
 
 
-def _vocabulary_head(model: nn.Module) -> set[nn.Module]:
-    """Return the last Linear if its outputs are the entries of the largest embedding: a model without conventions."""
-    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not embeddings or not linears:
-        return set()
-    vocabulary = max(embedding.num_embeddings for embedding in embeddings)
-    return {linears[-1]} if linears[-1].out_features == vocabulary else set()
+def _vocabulary_heads(model: nn.Module) -> set[nn.Module]:
+    """Return every Linear that mirrors an embedding: from its width to its number of entries.
+
+    Not inside a list of layers, where a matrix may have that shape by chance.
+    """
+    tables = {
+        (module.num_embeddings, module.embedding_dim) for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+    return {
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and (module.out_features, module.in_features) in tables
+        and not any(part.isdigit() for part in path.split("."))
+    }
+
+
+def _walk(
+    module: nn.Module, path: str = "", ancestors: tuple[nn.Module, ...] = ()
+) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, ...]]]:
+    """Yield every place in the tree, shared modules at each of their places, once around any cycle."""
+    yield path, module, ancestors
+    for name, child in module._modules.items():
+        if child is not None and child is not module and child not in ancestors:
+            yield from _walk(child, f"{path}{name}.", (module, *ancestors))
 
 
 def _asked(model: nn.Module, method: str) -> Iterator[nn.Module]:
@@ -103,7 +118,7 @@ def _asked(model: nn.Module, method: str) -> Iterator[nn.Module]:
             continue
         try:
             answer = ask()
-        except (NotImplementedError, AttributeError):  # how transformers says "this architecture has none"
+        except Exception:  # transformers raises where there is none, and a user's method may want arguments
             continue
         if isinstance(answer, nn.Module):
             yield answer

@@ -20,7 +20,7 @@ from normuon_plugins.core.group_options import (
     parameter_name,
 )
 from normuon_plugins.core.matrix_step import split_blocks, step_matrices
-from normuon_plugins.core.optimizer_state import check_loadable, create_state, restore_float32
+from normuon_plugins.core.optimizer_state import check_loadable, check_state, create_state, restore_float32
 from normuon_plugins.core.update_rules import update_momentum
 
 # 128 MiB holds the matrices of one shape of a 124M model, and one 4096 x 14336 matrix of Llama-3-8B, in bfloat16.
@@ -123,6 +123,9 @@ class NorMuon(Optimizer):
                 check_option(name, value)
         super().__init__(params, options)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "skipped_steps": self.skipped_steps}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, as in torch; missing keys take the values given to ``__init__``.
 
@@ -133,11 +136,13 @@ class NorMuon(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}.")
         group = complete_group(param_group, self.defaults)
-        foreign = sorted(param_group.keys() & self.defaults.keys() - GROUP_KEYS[group["algorithm"]].keys())
+        # Options of the optimizer that nobody would read in a group. The other algorithm's keys are let through, since
+        # torch's OneCycleLR writes momentum into every group.
+        foreign = sorted(param_group.keys() & self.defaults.keys() - set().union(*GROUP_KEYS.values()))
         if foreign:
+            keys = sorted(GROUP_KEYS[group["algorithm"]])
             raise ValueError(
-                f"a group with algorithm={group['algorithm']!r} does not read {foreign}; its keys are"
-                f" {sorted(GROUP_KEYS[group['algorithm']])}."
+                f"a parameter group does not read {foreign}; the keys of {group['algorithm']!r} are {keys}."
             )
         own_keys = {*group, "param_names"}
         super().add_param_group(group)
@@ -157,11 +162,23 @@ class NorMuon(Optimizer):
             ValueError: If another optimizer wrote it, or a parameter was on another algorithm or had another shape. The
                 optimizer is then as it was.
         """
-        check_loadable(self.param_groups, state_dict)
-        # torch puts the saved groups in place of ours, and a checkpoint of an older version may lack a key of today.
-        groups = [complete_group(group, self.defaults) for group in state_dict["param_groups"]]
-        super().load_state_dict({**state_dict, "param_groups": groups})
-        restore_float32(self.state, self.param_groups, state_dict)
+        loaded: list[dict[str, Any]] = []
+
+        def check_and_complete(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            check_loadable(self.param_groups, saved)
+            # torch puts the saved groups in place of ours: without their names, which may have another prefix, and with
+            # every key of today, which a checkpoint of an older version may lack.
+            groups = [{key: group[key] for key in group if key != "param_names"} for group in saved["param_groups"]]
+            loaded.append({**saved, "param_groups": [complete_group(group, self.defaults) for group in groups]})
+            return loaded[0]
+
+        # Registered last, so that it sees what the user's own hooks made of the checkpoint.
+        hook = self.register_load_state_dict_pre_hook(check_and_complete)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        restore_float32(self.state, self.param_groups, loaded[0])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -211,6 +228,8 @@ class NorMuon(Optimizer):
                 if parameter.requires_grad:
                     member = _Member(parameter, group, parameter_name(group, index))
                     _check_member(member)
+                    if parameter in self.state:
+                        check_state(parameter, member.name, group, self.state[parameter])
                     members.append(member)
         return members
 

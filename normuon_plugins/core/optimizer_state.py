@@ -56,15 +56,17 @@ def check_loadable(param_groups: Sequence[Mapping[str, Any]], state_dict: Mappin
             " NorMuon without its state."
         )
     here, saved = _routes(param_groups), _routes(saved_groups)
-    if here.keys() == saved.keys():
-        for name, route in here.items():
-            if saved[name] != route:
-                raise ValueError(
-                    f"{name!r} is on {_words(route)} here and on {_words(saved[name])} in the checkpoint."
-                    " Load with the plan (overrides) that the checkpoint was written with."
-                )
-        if list(here) != list(saved):
-            raise ValueError("The checkpoint holds the same parameters in another order; build the groups as it did.")
+    names_agree = {name for name, _ in here} == {name for name, _ in saved}
+    by_name = dict(saved)
+    for (name, route), (_, saved_route) in zip(here, saved, strict=False):
+        found = by_name[name] if names_agree else saved_route
+        if found != route:
+            raise ValueError(
+                f"{name!r} is on {_words(route)} here and on {_words(found)} in the checkpoint."
+                " Load with the plan (overrides) that the checkpoint was written with."
+            )
+    if names_agree and here != saved:
+        raise ValueError("The checkpoint holds the same parameters in another order; build the groups as it did.")
     for group, saved_group in zip(param_groups, saved_groups, strict=False):
         for index, (parameter, saved_id) in enumerate(zip(group["params"], saved_group["params"], strict=False)):
             state = state_dict["state"].get(saved_id)
@@ -72,16 +74,13 @@ def check_loadable(param_groups: Sequence[Mapping[str, Any]], state_dict: Mappin
                 _check_saved_state(parameter, parameter_name(group, index), group, state)
 
 
-def _routes(param_groups: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str | None]]:
-    """Return the algorithm and layout of every parameter by its name, or by its place where groups have no names."""
-    return {
-        f"{number}: {parameter_name(group, index)}" if "param_names" not in group else parameter_name(group, index): (
-            group["algorithm"],
-            group.get("layout"),
-        )
-        for number, group in enumerate(param_groups)
+def _routes(param_groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, tuple[str, str | None]]]:
+    """Return the name, algorithm and layout of every parameter, in order."""
+    return [
+        (parameter_name(group, index), (group["algorithm"], group.get("layout")))
+        for group in param_groups
         for index in range(len(group["params"]))
-    }
+    ]
 
 
 def _words(route: tuple[str, str | None]) -> str:
@@ -102,6 +101,17 @@ def _check_saved_state(parameter: Tensor, name: str, group: Mapping[str, Any], s
             raise ValueError(
                 f"{name!r}: {key} has shape {tuple(saved[key].shape)} in the checkpoint and needs {shape} here."
             )
+
+
+def check_state(parameter: Tensor, name: str, group: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Raise ``ValueError`` when ``parameter`` was cast or moved since ``state`` was created."""
+    buffer = state["momentum_buffer" if group["algorithm"] == "normuon" else "exp_avg"]
+    here, there = ((tensor.dtype, tensor.device, tensor.shape) for tensor in (parameter, buffer))
+    if here != there:
+        raise ValueError(
+            f"{name!r} is {here[0]} {tuple(here[2])} on {here[1]}, its state {there[0]} {tuple(there[2])} on"
+            f" {there[1]}: the model was cast or moved after the first step. Do that before it, or load the state anew."
+        )
 
 
 def restore_float32(

@@ -103,7 +103,7 @@ def plan_parameters(
         raise ValueError(f"lora={lora!r} must be one of {LORA_POLICIES}.")
     facts = ModelFacts(model)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    chosen = _match_overrides(overrides or {}, trainable, facts)
+    chosen = _match_overrides({} if overrides is None else overrides, trainable, facts)
     rows = []
     for name, parameter in trainable.items():
         if parameter.dtype not in TRAINABLE_DTYPES:
@@ -124,6 +124,8 @@ def _match_overrides(
     overrides: Mapping[str, str], trainable: Mapping[str, Tensor], facts: ModelFacts
 ) -> dict[str, str]:
     """Return the override of each parameter that one matches."""
+    if not isinstance(overrides, Mapping):
+        raise TypeError(f"overrides must map patterns to 'normuon', 'adamw' or a layout; got {overrides!r}.")
     chosen: dict[str, str] = {}
     pattern_of: dict[str, str] = {}
     for pattern, target in overrides.items():

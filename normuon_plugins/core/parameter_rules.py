@@ -17,6 +17,8 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # An image has at most RGB and depth; more input channels mean that the convolution reads features.
 IMAGE_CHANNELS = 4
+# What modules of mixtures call their number of experts.
+EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
 LORA_POLICIES = ("adamw", "normuon", "b")
 
 
@@ -46,7 +48,7 @@ def decide(parameter: Tensor, facts: ModelFacts, lora: str) -> Decision:
     if parameter.ndim < 2:
         return Decision(None, f"{parameter.ndim}-D: bias, gain or scalar", decay=False)
     for owner in owners:
-        if found := _lora(owner, lora):
+        if found := _lora(owner, parameter, lora):
             return found if found.layout is None else _matrix(parameter, found)
     for owner in owners:
         if found := _table_or_head(owner, facts) or _router(owner, parameter):
@@ -56,7 +58,7 @@ def decide(parameter: Tensor, facts: ModelFacts, lora: str) -> Decision:
             return found if found.layout is None else _matrix(parameter, found)
     owner = owners[0]
     kind = type(owner.module).__name__
-    if owner.attribute.endswith("bias"):
+    if "bias" in owner.attribute:
         return Decision(None, f"bias of {kind}", decay=False)
     # transformers marks state-space matrices that must not decay (A_log, D of Mamba) with this attribute.
     decay = not getattr(parameter, "_no_weight_decay", False)
@@ -72,14 +74,17 @@ def _matrix(parameter: Tensor, decision: Decision) -> Decision:
     return decision
 
 
-def _lora(owner: Owner, policy: str) -> Decision | None:
-    """LoRA factors (PEFT): by policy, before anything else would see two ordinary Linear layers."""
-    parts = owner.name.split(".")
-    factor = next((part[-1] for part in parts if part in ("lora_A", "lora_B")), None)
-    if factor is None:
-        return None
-    on_normuon = policy == "normuon" or (policy == "b" and factor == "B")
-    return Decision("o i" if on_normuon else None, f"LoRA factor {factor}, lora={policy!r}")
+def _lora(owner: Owner, parameter: Tensor, policy: str) -> Decision | None:
+    """LoRA factors (PEFT): by policy, before anything else would see two ordinary layers."""
+    parts = set(owner.name.split("."))
+    if parts & {"lora_embedding_A", "lora_embedding_B"}:
+        return Decision(None, "LoRA factor of an embedding")
+    for factor in ("A", "B"):
+        if f"lora_{factor}" in parts:
+            on_normuon = policy == "normuon" or (policy == "b" and factor == "B")
+            layout = " ".join("o" + "i" * (parameter.ndim - 1)) if on_normuon else None
+            return Decision(layout, f"LoRA factor {factor}, lora={policy!r}")
+    return None
 
 
 def _table_or_head(owner: Owner, facts: ModelFacts) -> Decision | None:
@@ -91,24 +96,28 @@ def _table_or_head(owner: Owner, facts: ModelFacts) -> Decision | None:
 
 
 def _router(owner: Owner, parameter: Tensor) -> Decision | None:
-    """Routers score experts: one row per expert that stands beside them."""
+    """Routers score experts: one row per expert that stands beside them, or anything inside a module called Router."""
     if parameter.ndim != 2 or owner.attribute != "weight":
         return None
     rows = parameter.shape[0]
     if rows == 1 and isinstance(owner.module, nn.Linear):
         return Decision(None, "gate with one output")
-    siblings = owner.parent.children() if owner.parent is not None else ()
-    if rows in _expert_counts(owner.module) or any(rows in _expert_counts(module) for module in siblings):
+    # A router may wrap its one Linear, so that the experts stand beside the wrapper.
+    wrapped = owner.ancestors and sum(weight.ndim == 2 for weight in owner.ancestors[0].parameters()) == 1
+    around = [child for ancestor in owner.ancestors[: 2 if wrapped else 1] for child in ancestor.children()]
+    if any(rows in _expert_counts(module) for module in [owner.module, *owner.ancestors[:1], *around]):
         return Decision(None, "router: one row per expert")
+    for module in (owner.module, *owner.ancestors):
+        if "Router" in type(module).__name__ and not any(map(_expert_counts, module.children())):
+            return Decision(None, f"inside {type(module).__name__}")
     return None
 
 
 def _expert_counts(module: nn.Module) -> set[int]:
-    """Return the numbers of experts that ``module`` may hold: as an attribute, as a list, as stacked weights."""
+    """Return the numbers of experts that ``module`` may hold: as an attribute, as a collection, as stacked weights."""
     counts = {stack.shape[0] for stack in _expert_pair(module) if stack is not None}
-    if isinstance(getattr(module, "num_experts", None), int):
-        counts.add(module.num_experts)  # type: ignore[arg-type]
-    if isinstance(module, nn.ModuleList) and any("expert" in type(child).__name__.lower() for child in module):
+    counts |= {getattr(module, name) for name in EXPERT_COUNTS if isinstance(getattr(module, name, None), int)}
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         counts.add(len(module))
     return counts
 
@@ -138,6 +147,8 @@ def _convolution(owner: Owner) -> Decision | None:
     kernel = " i" * len(module.kernel_size)
     if module.in_channels == module.groups:
         return Decision(None, f"{kind} with one input channel per group")
+    if isinstance(module, TRANSPOSED_CONVOLUTIONS) and module.groups > 1:
+        return Decision(None, f"{kind} with groups, whose neurons are spread over two dimensions")
     if isinstance(module, TRANSPOSED_CONVOLUTIONS):
         return Decision("i o" + kernel, kind)
     if module.kernel_size == module.stride and module.in_channels <= IMAGE_CHANNELS and max(module.kernel_size) > 1:

@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(f"{USAGE}\n{script} is not a file.")
     sys.argv = arguments
     sys.path[0] = str(script.resolve().parent)
-    runpy.run_path(str(script), run_name="__main__")
+    runpy.run_path(str(script.absolute()), run_name="__main__")  # absolute, as Python itself sets __file__
 
 
 if __name__ == "__main__":

@@ -149,6 +149,32 @@ def test_names_that_only_gained_a_prefix_load_by_place():
     optimizer = NorMuon([("weight", weight)])
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["beta2"] == 0.5
+    assert optimizer.param_groups[0]["param_names"] == ["weight"]
+    moved = NorMuon([{"params": [("weight", weight)], "layout": "i o"}])
+    refused(moved, saved, "'weight' is on normuon with layout 'i o' here and on normuon with layout 'o i'")
+
+
+def test_the_users_own_load_hooks_come_first():
+    def optimizer(*order):
+        parameters = {name: torch.nn.Parameter(torch.full((3, 3), value)) for name, value in (("a", 1.0), ("b", 2.0))}
+        for parameter in parameters.values():
+            parameter.grad = torch.diag(parameter[0].detach())
+        result = NorMuon([(name, parameters[name]) for name in order])
+        return result, parameters
+
+    saved, parameters = optimizer("a", "b")
+    saved.step()
+    loaded, others = optimizer("b", "a")
+
+    def reorder(_, state_dict):
+        group = state_dict["param_groups"][0]
+        return {**state_dict, "param_groups": [{**group, "params": [1, 0], "param_names": ["b", "a"]}]}
+
+    loaded.register_load_state_dict_pre_hook(reorder)
+    loaded.load_state_dict(saved.state_dict())
+    for name in "ab":
+        for key, value in saved.state[parameters[name]].items():
+            assert torch.equal(loaded.state[others[name]][key], value)
 
 
 def test_numpy_numbers_are_stored_as_python_numbers():

@@ -90,6 +90,7 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was():
         ("lr", float("nan")),
         ("lr", "0.1"),
         ("lr", torch.ones(2)),
+        ("lr", torch.tensor(-1.0)),
         ("weight_decay", -0.1),
         ("momentum", 1.0),
         ("beta2", -0.1),
@@ -137,9 +138,9 @@ def test_values_out_of_range_are_refused_with_name_and_value(option, value):
         ({"layout": None}, "layout None is not understood"),
         (
             {"algorithm": "adamw", "adamw_lr": 0.1},
-            r"'adamw' does not read \['adamw_lr'\]; its keys are \['betas', 'eps', 'lr'",
+            r"does not read \['adamw_lr'\]; the keys of 'adamw' are \['betas', 'eps', 'lr'",
         ),
-        ({"bucket_bytes": 5}, r"'normuon' does not read \['bucket_bytes'\]"),
+        ({"bucket_bytes": 5}, r"does not read \['bucket_bytes'\]; the keys of 'normuon'"),
     ],
 )
 def test_groups_that_contradict_themselves_are_refused(group, message):

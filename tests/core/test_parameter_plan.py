@@ -157,6 +157,92 @@ def test_wrapping_a_hugging_face_model_changes_nothing():
     assert layouts(wrapper) == inside
 
 
+@pytest.mark.parametrize(
+    ("architecture", "config", "options", "router"),
+    [
+        # the router wraps its Linear; the experts, a ModuleDict, stand beside the wrapper
+        (
+            "SwitchTransformersForConditionalGeneration",
+            "SwitchTransformersConfig",
+            {"d_model": 32, "d_ff": 48, "num_layers": 2, "num_sparse_encoder_layers": 1, "num_experts": 4},
+            "encoder.block.1.layer.1.mlp.router.classifier.weight",
+        ),
+        (
+            "JetMoeForCausalLM",
+            "JetMoeConfig",
+            {"num_hidden_layers": 1, "hidden_size": 32, "num_local_experts": 4, "vocab_size": 64},
+            "model.layers.0.mlp.router.layer.weight",
+        ),
+        (
+            "LongcatFlashForCausalLM",
+            "LongcatFlashConfig",
+            {"num_layers": 1, "hidden_size": 32, "n_routed_experts": 4, "vocab_size": 64},
+            "model.layers.0.mlp.router.classifier.weight",
+        ),
+    ],
+)
+def test_wrapped_routers(architecture, config, options, router):
+    plan = plan_parameters(build(architecture, config, **options))
+    assert "outer" in plan[router].reason, plan[router]  # "router: ..." or "inside ...Router"
+    assert plan[router].algorithm == "adamw"
+
+
+def test_output_projection_that_no_method_names_mirrors_its_embedding():
+    # FSMT's get_output_embeddings does not name it; a head declared first, with another Linear last, is alike
+    model = nn.Module()
+    model.embed = nn.Embedding(100, 16)
+    model.head = nn.Linear(16, 100, bias=False)
+    model.blocks = nn.ModuleList([nn.Linear(16, 16, bias=False), nn.Linear(16, 100, bias=False)])
+    model.value = nn.Linear(16, 3, bias=False)
+    assert layouts(model) == {
+        "embed.weight": None,
+        "head.weight": None,
+        "blocks.0.weight": "o i",
+        "blocks.1.weight": "o i",  # inside a list of layers: the shape alone does not make a head
+        "value.weight": "o i",
+    }
+
+
+def test_gate_beside_a_list_of_any_experts_is_a_router():
+    block = nn.Module()
+    block.gate = nn.Linear(8, 3, bias=False)
+    block.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3))
+    assert layouts(block)["gate.weight"] is None
+
+
+def test_grouped_transposed_convolution_has_no_neuron_axis():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ConvTranspose2d(8, 8, 2, groups=4), nn.Conv2d(8, 8, 2, groups=4))
+    found = layouts(model)
+    assert found["1.weight"] is None
+    assert found["2.weight"] == "o i i i"
+
+
+def test_convolutional_lora_factors_are_convolutions():
+    model = nn.Module()
+    model.lora_A = nn.ModuleDict({"default": nn.Conv2d(8, 4, 3, bias=False)})
+    assert layouts(model, lora="normuon") == {"lora_A.default.weight": "o i i i"}
+
+
+def test_methods_that_want_arguments_and_cycles_do_not_disturb():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden = nn.Linear(4, 4, bias=False)
+            self.hidden.back = self
+
+        def get_classifier(self, name):
+            raise RuntimeError(name)
+
+    assert set(layouts(Model())) == {"hidden.weight"}
+
+
+def test_shared_modules_are_found_by_each_of_their_names():
+    model = nn.Module()
+    model.first = nn.Linear(4, 4, bias=False)
+    model.second = model.first
+    assert layouts(model, overrides={"second": "i o"}) == {"first.weight": "i o"}
+
+
 def test_linear_beside_a_bilinear_is_no_router():
     block = nn.Module()
     block.linear, block.bilinear = nn.Linear(4, 6), nn.Bilinear(4, 4, 6)

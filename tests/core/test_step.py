@@ -279,7 +279,7 @@ def test_nonfinite_skip_leaves_that_parameter_and_counts():
     assert torch.equal(weight, before[0])
     assert all(torch.equal(optimizer.state[weight][key], state[key]) for key in state)
     assert not torch.equal(bias, before[1])
-    assert optimizer.skipped_steps == 1
+    assert optimizer.skipped_steps == copy.deepcopy(optimizer).skipped_steps == 1
 
 
 def spoil_gradient_with_nan(optimizer, weight, bias):
@@ -341,6 +341,53 @@ def test_an_orthogonalizer_that_changes_shape_or_dtype_is_named(wrong):
     backward(weight)
     with pytest.raises(ValueError, match="orthogonalize_fn must return a tensor like its input"):
         optimizer.step()
+
+
+def in_memory_as(kind, values):
+    """Return ``values``, a contiguous matrix, in another memory layout; ``expanded`` repeats its first row."""
+    rows, cols = values.shape
+    if kind == "transposed":
+        return values.T.contiguous().T
+    if kind == "sliced":
+        return torch.cat([values, torch.full((rows, 2), 7.0)], dim=1)[:, :cols]
+    if kind == "expanded":
+        return values[:1].expand(rows, cols)
+    return values
+
+
+@pytest.mark.parametrize("algorithm", ["normuon", "adamw"])
+@pytest.mark.parametrize("parameter_kind", ["contiguous", "transposed", "sliced"])
+@pytest.mark.parametrize("gradient_kind", ["contiguous", "transposed", "sliced", "expanded"])
+def test_memory_layout_does_not_matter(algorithm, parameter_kind, gradient_kind):
+    """torch's fused AdamW on CPU updated the wrong elements, and memory outside a sliced parameter."""
+    generator = torch.Generator().manual_seed(0)
+    initial = torch.randn(4, 6, generator=generator)
+    gradients = [in_memory_as(gradient_kind, torch.randn(4, 6, generator=generator)) for _ in range(3)]
+    strange, plain = (
+        torch.nn.Parameter(in_memory_as(kind, initial.clone())) for kind in (parameter_kind, "contiguous")
+    )
+    for weight in (strange, plain):
+        optimizer = NorMuon([{"params": [weight], "algorithm": algorithm}], lr=0.1, ns_dtype="float32")
+        for gradient in gradients:
+            weight.grad = gradient if weight is strange else gradient.clone(memory_format=torch.contiguous_format)
+            optimizer.step()
+    torch.testing.assert_close(strange, plain, rtol=1e-5, atol=1e-6)
+    if parameter_kind == "sliced":
+        memory = strange.detach().as_strided((4, 8), (8, 1))
+        assert torch.equal(memory[:, 6:], torch.full((4, 2), 7.0))
+
+
+def test_a_model_cast_after_the_first_step_is_refused_before_any_write():
+    weight, bias = matrix_and_bias()
+    optimizer = NorMuon(groups(weight, bias), lr=0.1)
+    backward(weight, bias)
+    optimizer.step()
+    bias.data = bias.data.double()
+    bias.grad = torch.ones(6, dtype=torch.float64)
+    before = weight.detach().clone()
+    with pytest.raises(ValueError, match=r"'bias' is torch.float64 \(6,\) on cpu, its state torch.float32"):
+        optimizer.step()
+    assert torch.equal(weight, before)
 
 
 def test_replaced_parameters_are_found_at_the_next_step():
