@@ -67,7 +67,7 @@ def _input_embeddings(model: nn.Module) -> set[nn.Module]:
 def _output_heads(model: nn.Module) -> set[nn.Module]:
     """Return the output projections: what the model names so, and every Linear outside its base model.
 
-    A model without a base of its own (CLIP) ends in Linear layers of ``config.projection_dim`` outputs.
+    A model without a base of its own (CLIP) ends in Linear layers whose width its config names.
     """
     heads = set(_asked(model, "get_output_embeddings")) | set(_asked(model, "get_classifier"))  # the second is timm's
     for module in model.modules():
@@ -78,8 +78,9 @@ def _output_heads(model: nn.Module) -> set[nn.Module]:
         if base is not None:
             trunk = set(base.modules())
             heads |= {part for part in module.modules() if isinstance(part, nn.Linear) and part not in trunk}
-        width = getattr(getattr(module, "config", None), "projection_dim", None)
-        heads |= {part for part in module.children() if isinstance(part, nn.Linear) and part.out_features == width}
+        config = getattr(module, "config", None)
+        widths = {getattr(config, "projection_dim", None), getattr(config, "num_labels", None)}
+        heads |= {part for part in module.children() if isinstance(part, nn.Linear) and part.out_features in widths}
     return heads | _vocabulary_heads(model)
 
 

@@ -109,6 +109,12 @@ def test_clip_projections_are_heads():
     assert sum(layout == "o i" for layout in found.values()) == 12
 
 
+def test_classifier_of_a_model_without_a_base_is_a_head():
+    options = {"vision_config": {**SMALL, "image_size": 32, "patch_size": 16}, "text_config": SMALL, "num_labels": 5}
+    plan = plan_parameters(build("CLIPForImageClassification", "CLIPConfig", **options))
+    assert plan["classifier.weight"].reason == "output head"
+
+
 def test_mamba_keeps_its_projections_and_nothing_else():
     plan = plan_parameters(build("MambaForCausalLM", "MambaConfig", hidden_size=32, num_hidden_layers=1, vocab_size=64))
     assert [row.name.split(".")[-2] for row in plan if row.layout] == ["in_proj", "x_proj", "dt_proj", "out_proj"]
