@@ -56,8 +56,9 @@ def check_loadable(param_groups: Sequence[Mapping[str, Any]], state_dict: Mappin
             " NorMuon without its state."
         )
     here, saved = _routes(param_groups), _routes(saved_groups)
-    names_agree = {name for name, _ in here} == {name for name, _ in saved}
     by_name = dict(saved)
+    named = all("param_names" in group for group in [*param_groups, *saved_groups])
+    names_agree = named and by_name.keys() == dict(here).keys()
     for (name, route), (_, saved_route) in zip(here, saved, strict=False):
         found = by_name[name] if names_agree else saved_route
         if found != route:

@@ -130,6 +130,21 @@ def test_another_plan_is_refused_by_the_name_of_the_parameter_that_moved(pattern
     refused(moved, optimizer.state_dict(), message)
 
 
+def test_groups_without_names_load_by_place():
+    def optimizer(seed):
+        torch.manual_seed(seed)
+        weight, bias = (torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 3), (3,)))
+        weight.grad, bias.grad = torch.randn(3, 3), torch.randn(3)
+        result = NorMuon([{"params": [weight]}, {"params": [bias], "algorithm": "adamw"}])
+        result.step()
+        return result
+
+    saved, loaded = optimizer(0), optimizer(1)
+    loaded.load_state_dict(saved.state_dict())
+    for theirs, ours in zip(saved.state.values(), loaded.state.values(), strict=True):
+        assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+
+
 def test_without_names_an_algorithm_that_changed_is_still_refused():
     weight = torch.nn.Parameter(torch.ones(3, 3))
     saved = NorMuon([weight]).state_dict()  # no state yet: nothing but the groups could tell
