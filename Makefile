@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/installed
 help:
 	@echo "make demo    train AdamW, Muon and NorMuon on the standard library's source; table and demo/loss.png"
 	@echo "make test    run the tests"
-	@echo "make check   formatting, lint, types"
+	@echo "make check   formatting, lint, types, who imports whom"
 	@echo "make format  apply the formatting"
 
 demo: $(INSTALLED)
@@ -23,6 +23,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest --quiet tests/test_boundaries.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
