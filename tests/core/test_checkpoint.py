@@ -214,6 +214,16 @@ def test_parameter_of_another_shape_is_refused_by_name():
     refused(optimizer(4), optimizer(5).state_dict(), r"'weight': momentum_buffer has shape \(5, 3\)")
 
 
+def test_incomplete_state_is_refused_by_name():
+    weight = torch.nn.Parameter(torch.ones(3, 3))
+    weight.grad = torch.ones(3, 3)
+    optimizer = NorMuon([("weight", weight)])
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["state"][0]["second_momentum_buffer"]
+    refused(optimizer, saved, r"'weight' is on 'normuon' here; its checkpoint holds \['momentum_buffer'\]")
+
+
 def test_checkpoint_from_before_an_option_existed_takes_its_value_from_init():
     weight = torch.nn.Parameter(torch.ones(3, 3))
     state = NorMuon([weight], beta2=0.5).state_dict()

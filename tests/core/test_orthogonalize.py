@@ -90,6 +90,20 @@ def test_bfloat16_products_stay_within_their_rounding():
     assert 0 < (rounded - exact).norm() / exact.norm() < 0.05
 
 
+@pytest.mark.parametrize("shape", [(3, 50), (50, 3), (4, 7, 50)])
+def test_gram_matrices_are_on_the_small_side(shape, monkeypatch):
+    sides = []
+    real = torch.baddbmm
+
+    def recording(added, *factors, **scales):
+        sides.append(factors[0].shape[-1])
+        return real(added, *factors, **scales)
+
+    monkeypatch.setattr(torch, "baddbmm", recording)
+    orthogonalize(torch.randn(shape), ns_dtype=torch.float32)
+    assert set(sides) == {min(shape[-2:])}
+
+
 def test_input_is_not_modified_and_autocast_does_not_change_the_products():
     matrix = torch.randn(8, 8)
     before = matrix.clone()

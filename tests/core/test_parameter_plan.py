@@ -209,6 +209,14 @@ def test_output_projection_that_no_method_names_mirrors_its_embedding():
     }
 
 
+def test_single_rows_and_columns_are_no_matrices():
+    model = nn.Sequential(nn.Linear(1, 8), nn.Linear(8, 8), nn.Conv1d(8, 1, 3))
+    plan = plan_parameters(model)
+    assert plan["0.weight"].reason == "Linear, but 8 x 1 is no matrix"
+    assert plan["2.weight"].reason == "Conv1d, but 1 x 24 is no matrix"
+    assert [row.name for row in plan if row.layout] == ["1.weight"]
+
+
 def test_gate_beside_a_list_of_any_experts_is_a_router():
     block = nn.Module()
     block.gate = nn.Linear(8, 3, bias=False)
