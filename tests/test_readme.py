@@ -49,6 +49,10 @@ def test_set_up_commands_are_targets_of_the_makefile(root):
     assert {"demo", "test"} <= mentioned <= targets
 
 
+def test_no_placeholder_is_left(root):
+    assert not re.findall(r"@[A-Z]+@", (root / "README.md").read_text())
+
+
 def test_links_lead_somewhere(root):
     for target in re.findall(r"\]\((?!http)([^)]+)\)", (root / "README.md").read_text()):
         assert (root / target).exists(), target
