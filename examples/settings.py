@@ -43,12 +43,17 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     )
     training.add_argument("--steps", type=int, default=150, help="optimizer steps")
     training.add_argument("--batch-size", type=int, default=16, help="examples per process and step")
-    training.add_argument("--warmup", type=int, default=20, help="steps of linear warmup before the cosine")
+    training.add_argument("--warmup", type=float, default=0.13, help="share of the steps before the cosine begins")
     training.add_argument("--seed", type=int, default=0)
     training.add_argument("--eval-every", type=int, default=15, help="steps between evaluations")
     training.add_argument("--eval-batches", type=int, default=12, help="batches per evaluation")
     training.add_argument("--save-every", type=int, default=75, help="steps between checkpoints")
     return parser
+
+
+def warmup_steps(args: argparse.Namespace) -> int:
+    """Return the steps of linear warmup from zero."""
+    return round(args.warmup * args.steps)
 
 
 def width(text: str) -> int:

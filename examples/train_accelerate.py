@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from settings import bf16_is_fast, make_adamw, make_data, make_model, normuon_options, parse_arguments
+from settings import bf16_is_fast, make_adamw, make_data, make_model, normuon_options, parse_arguments, warmup_steps
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
@@ -60,7 +60,7 @@ def evaluate(accelerator: Accelerator, model: torch.nn.Module, loader: DataLoade
 
 
 def train(args: argparse.Namespace) -> Result:
-    """Train as the arguments say; print and return the validation losses."""
+    """Train as the arguments say; print the final validation loss and return what was measured."""
     accelerator = Accelerator(mixed_precision="bf16" if bf16_is_fast() else "no")
     set_seed(args.seed)
     with accelerator.main_process_first():  # the others find the cached tokens
@@ -77,7 +77,9 @@ def train(args: argparse.Namespace) -> Result:
     model, optimizer, loader, validation_loader = prepared
     # Accelerate steps the schedule once per process (split_batches=False), so its length is in steps of all processes.
     ranks = accelerator.num_processes
-    scheduler = accelerator.prepare(get_cosine_schedule_with_warmup(optimizer, args.warmup * ranks, args.steps * ranks))
+    scheduler = accelerator.prepare(
+        get_cosine_schedule_with_warmup(optimizer, warmup_steps(args) * ranks, args.steps * ranks)
+    )
     progress = Progress()
     accelerator.register_for_checkpointing(progress)
     if args.resume:
@@ -106,6 +108,9 @@ def train(args: argparse.Namespace) -> Result:
     bar.close()
     states = optimizer.optimizer.state.values()
     state_bytes = sum(value.nbytes for state in states for value in state.values())
+    accelerator.print(
+        f"validation loss {progress.losses[progress.step]:.4f} after {progress.step} steps; saved in {args.output}"
+    )
     accelerator.free_memory()
     accelerator.end_training()
     return Result(progress.losses, step_seconds, state_bytes)
@@ -121,10 +126,7 @@ def endless(accelerator: Accelerator, loader: DataLoader, skip: int):
 
 
 def main() -> None:
-    args = parse_arguments(__doc__.splitlines()[0])
-    result = train(args)
-    last = max(result.losses)
-    print(f"validation loss {result.losses[last]:.4f} after {last} steps; saved in {args.output}")
+    train(parse_arguments(__doc__.splitlines()[0]))
 
 
 if __name__ == "__main__":

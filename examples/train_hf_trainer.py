@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from settings import BETAS, bf16_is_fast, make_data, make_model, normuon_options, parse_arguments
+from settings import BETAS, bf16_is_fast, make_data, make_model, normuon_options, parse_arguments, warmup_steps
 from transformers import Trainer, TrainingArguments, set_seed
 
 from normuon_plugins.hf_trainer import register_normuon
@@ -29,7 +29,7 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         weight_decay=args.weight_decay,
         **optimizer,
         lr_scheduler_type="cosine",
-        warmup_steps=args.warmup,
+        warmup_steps=warmup_steps(args),
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size,

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from settings import bf16_is_fast, make_adamw, make_data, make_model, normuon_options, parse_arguments
+from settings import bf16_is_fast, make_adamw, make_data, make_model, normuon_options, parse_arguments, warmup_steps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
@@ -41,9 +41,9 @@ class LanguageModel(LightningModule):
     def configure_optimizers(self) -> Any:
         if self.args.optim == "adamw":
             optimizer = make_adamw(self, self.args)
-            schedule = get_cosine_schedule_with_warmup(optimizer, self.args.warmup, self.args.steps)
+            schedule = get_cosine_schedule_with_warmup(optimizer, warmup_steps(self.args), self.args.steps)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-        return configure_normuon(self, scheduler="cosine", warmup=self.args.warmup, **normuon_options(self.args))
+        return configure_normuon(self, scheduler="cosine", warmup=warmup_steps(self.args), **normuon_options(self.args))
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 SHORT = ["--steps", "6", "--eval-every", "3", "--save-every", "3", "--eval-batches", "2", "--batch-size", "4"]
-SHORT += ["--sequence-length", "32", "--vocabulary", "300", "--width", "64", "--layers", "1", "--warmup", "1"]
+SHORT += ["--sequence-length", "32", "--vocabulary", "300", "--width", "64", "--layers", "1"]
 
 
 @pytest.fixture(scope="module")
