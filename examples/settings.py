@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     model.add_argument("--width", type=width, default=192, help="hidden size of the small Llama, a multiple of 64")
     model.add_argument("--layers", type=int, default=4, help="layers of the small Llama")
     training = parser.add_argument_group("training")
-    training.add_argument("--lr", type=float, default=2e-3, help="AdamW's best of 0.5, 1, 2, 4, 8e-3 here")
+    training.add_argument("--lr", type=float, default=2e-3, help="peak learning rate, of all parameters")
     training.add_argument(
         "--weight-decay", type=float, default=0.1, help="of the hidden matrices, whatever trains them"
     )
@@ -63,15 +64,29 @@ def width(text: str) -> int:
     return int(text)
 
 
-def parse_arguments(description: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line of one run; ``arguments`` takes its place where a program calls another."""
+def parse_arguments(
+    description: str, arguments: Sequence[str] | None = None, *, checkpoint: str = "*"
+) -> argparse.Namespace:
+    """Read the command line of one run.
+
+    Args:
+        description: First line of ``--help``.
+        arguments: In place of the command line, where a program calls another.
+        checkpoint: Pattern of the files that the program's own checkpoints leave in ``--output``.
+    """
     parser = make_parser(description)
     parser.add_argument("--optim", choices=OPTIMIZERS, default="normuon")
-    parser.add_argument("--output", type=Path, default=Path("runs/last"), help="folder for checkpoints")
+    parser.add_argument("--output", type=Path, default=Path("runs") / Path(sys.argv[0]).stem, help="for checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
     args = parser.parse_args(arguments)
-    if args.resume and not (args.output.is_dir() and any(args.output.iterdir())):
-        parser.error(f"--resume: there is no checkpoint in {args.output}")
+    record = args.output / "optim.txt"
+    if args.resume:
+        if not list(args.output.glob(checkpoint)):
+            parser.error(f"--resume: there is no checkpoint of this program in {args.output}")
+        if record.exists() and record.read_text() != args.optim:
+            parser.error(f"--resume: the run in {args.output} trains with --optim {record.read_text()}")
+    args.output.mkdir(parents=True, exist_ok=True)
+    record.write_text(args.optim)
     return args
 
 

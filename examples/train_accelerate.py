@@ -126,7 +126,7 @@ def endless(accelerator: Accelerator, loader: DataLoader, skip: int):
 
 
 def main() -> None:
-    train(parse_arguments(__doc__.splitlines()[0]))
+    train(parse_arguments(__doc__.splitlines()[0], checkpoint="model.safetensors"))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
 
 
 def main() -> None:
-    args = parse_arguments(__doc__.splitlines()[0])
+    args = parse_arguments(__doc__.splitlines()[0], checkpoint="checkpoint-*")
     options = training_arguments(args)
     set_seed(args.seed)
     with options.main_process_first():  # the others find the cached tokens

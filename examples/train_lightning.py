@@ -47,7 +47,7 @@ class LanguageModel(LightningModule):
 
 
 def main() -> None:
-    args = parse_arguments(__doc__.splitlines()[0])
+    args = parse_arguments(__doc__.splitlines()[0], checkpoint="last.ckpt")
     seed_everything(args.seed)
     training, validation, vocabulary = make_data(args)
     module = LanguageModel(make_model(args, vocabulary), args)

@@ -41,7 +41,7 @@ def test_program_trains_saves_and_resumes(root, tmp_path, corpus, program):
     loss = final_loss(run(root, tmp_path, program, "--text", str(corpus)))
     assert 0 < loss < 5.5  # ln(300) = 5.704 before training
     if program == "train_hf_trainer.py":  # resuming a finished run, the Trainer takes one step more
-        shutil.rmtree(tmp_path / "runs" / "last" / "checkpoint-6")
+        shutil.rmtree(tmp_path / "runs" / "train_hf_trainer" / "checkpoint-6")
     assert final_loss(run(root, tmp_path, program, "--text", str(corpus), "--resume")) == pytest.approx(loss, abs=1e-3)
 
 
@@ -101,14 +101,23 @@ def test_steps_to_reach_lie_between_evaluations():
     assert steps_to_reach(losses, 3.0) is None
 
 
-@pytest.mark.parametrize("arguments", [["--width", "100"], ["--resume", "--output", "nowhere"]])
-def test_impossible_arguments_end_with_a_message(arguments, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--width", "100"], "100 is not a multiple of 64"),
+        (["--resume", "--output", "nowhere"], "there is no checkpoint of this program in nowhere"),
+        (["--resume", "--output", "other", "--optim", "adamw"], "the run in other trains with --optim muon"),
+    ],
+)
+def test_impossible_arguments_end_with_a_message(arguments, message, tmp_path, monkeypatch, capsys):
     from settings import parse_arguments
 
+    monkeypatch.chdir(tmp_path)
+    parse_arguments("test", ["--output", "other", "--optim", "muon"])
+    (tmp_path / "other" / "last.ckpt").touch()
     with pytest.raises(SystemExit):
-        parse_arguments("test", arguments)
-    error = capsys.readouterr().err
-    assert "100 is not a multiple of 64" in error or "there is no checkpoint in nowhere" in error
+        parse_arguments("test", arguments, checkpoint="last.ckpt")
+    assert message in capsys.readouterr().err
 
 
 def test_corpus_is_cached_by_content(tmp_path, corpus):

@@ -187,7 +187,7 @@ def check_parameter(parameter: Tensor, name: str, group: Mapping[str, Any]) -> N
         if hasattr(parameter, "_fsdp_flattened"):
             remedy = "It is a flat shard of FSDP1, which hides the matrices: use FSDP2 (fully_shard)."
         elif parameter.ndim < 2:
-            remedy = "Put it in an AdamW group (plan_parameters does)."
+            remedy = "Put it in an AdamW group (plan_parameters does), or let build_normuon(model) build all groups."
         else:
             remedy = "Give its group a fitting layout or algorithm='adamw' (plan_parameters does)."
         raise ValueError(

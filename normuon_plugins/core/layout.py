@@ -128,7 +128,7 @@ def parse_layout(spec: str) -> Layout:
     if not well_formed or 0 in blocks:
         raise ValueError(
             f"layout {spec!r} is not understood; write one letter per dimension: o neurons, i inputs, e independent"
-            ' matrices, for example "o i", "i o", "o i i i", "e o i", "o=2048+512+512 i", "o%64+64+64 i".'
+            ' matrices, for example "o i", "i o", "o i i i", "e o i", "o=2048+512+512 i", "o%64+64+64 i"'
         )
     return Layout(spec, axes, blocks, interleaved=bool(fused) and fused[0]["kind"] == "%")
 

@@ -117,6 +117,10 @@ class NorMuon(Optimizer):
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         orthogonalize_fn: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        if isinstance(params, torch.nn.Module):
+            raise TypeError(
+                f"NorMuon takes parameters or groups; for a whole model, use build_normuon({type(params).__name__})."
+            )
         options = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         for name, value in options.items():
             if not (name == "adamw_lr" and value is None):

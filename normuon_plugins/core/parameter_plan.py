@@ -91,6 +91,7 @@ def plan_parameters(
         The plan.
 
     Raises:
+        TypeError: If ``model`` is no module, or ``overrides`` no mapping.
         ValueError: If an override matches nothing, contradicts another or does not fit its parameter, if a parameter
             cannot be trained at all, or if no matrix is left for NorMuon; the message says what was seen.
 
@@ -99,6 +100,8 @@ def plan_parameters(
         >>> [(row.name, row.algorithm) for row in plan]
         [('0.weight', 'normuon'), ('0.bias', 'adamw'), ('2.weight', 'normuon'), ('2.bias', 'adamw')]
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the plan needs the model itself, an nn.Module; got {type(model).__name__}.")
     if lora not in LORA_POLICIES:
         raise ValueError(f"lora={lora!r} must be one of {LORA_POLICIES}.")
     facts = ModelFacts(model)
@@ -160,7 +163,9 @@ def _apply_override(name: str, parameter: Tensor, target: str, decision: Decisio
     try:
         parse_layout(target).check(parameter.shape)
     except ValueError as error:
-        raise ValueError(f"override of {name!r}: {error}. Use 'adamw' or a layout that fits.") from None
+        raise ValueError(
+            f"override of {name!r} to {target!r}: {error}. Use 'normuon', 'adamw' or a layout that fits."
+        ) from None
     return Decision(target, "override")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -32,7 +32,7 @@ class PlannedParameter:
     layout: str | None
     decay: bool
     reason: str
-    parameter: Tensor
+    parameter: Tensor = field(repr=False)
 
     @property
     def group_name(self) -> str:
@@ -47,7 +47,8 @@ def format_plan(rows: Sequence[PlannedParameter]) -> str:
     kinds: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
         size = " x ".join(map(str, row.shape)) or "scalar"
-        cells = (size, row.algorithm, row.layout or "-", "yes" if row.decay else "no", row.reason)
+        option = "weight_decay" if row.algorithm == "normuon" else "adamw_weight_decay"
+        cells = (size, row.algorithm, row.layout or "-", option if row.decay else "none", row.reason)
         kinds.setdefault((_NUMBER.sub("{}", row.name), *cells), []).append(row.name)
     lines: list[tuple[str, ...]] = [("parameter", "shape", "algorithm", "layout", "decay", "reason")]
     for kind, names in kinds.items():

@@ -45,7 +45,8 @@ def normuon_options(args: TrainingArguments, optim_args: Mapping[str, str]) -> d
     if unknown:
         raise ValueError(
             f"optim_args has unknown keys {unknown}; known are {list(OPTIM_ARGS)}."
-            " The learning rate and weight decay are set by learning_rate and weight_decay."
+            " learning_rate and weight_decay are fields of their own; overrides and functions go in by"
+            " Trainer(..., optimizer_cls_and_kwargs=(NorMuonFactory, {...}))."
         )
     options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     adam = ("adam_beta1", "adam_beta2", "adam_epsilon")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from numbers import Real
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -26,9 +27,13 @@ def build_schedule(optimizer: Optimizer, shape: str, *, warmup: int | float, tot
     """
     if shape not in SHAPES:
         raise ValueError(f"scheduler={shape!r} is not known; use one of {SHAPES}, or None and a scheduler of your own.")
+    if not isinstance(warmup, Real):
+        raise ValueError(f"warmup={warmup!r} must be a number of steps, or a fraction of the run below 1.")
     warmup_steps = math.ceil(warmup * total_steps) if 0 < warmup < 1 else int(warmup)
     if not 0 <= warmup_steps <= total_steps:
-        raise ValueError(f"warmup={warmup} is not within the run's {total_steps} steps.")
+        raise ValueError(
+            f"warmup={warmup} is not within the run's {total_steps} steps; a number below 1 is a fraction of them."
+        )
     return LambdaLR(optimizer, partial(_factor, shape=shape, warmup_steps=warmup_steps, total_steps=total_steps))
 
 

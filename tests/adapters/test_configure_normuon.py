@@ -95,6 +95,7 @@ def test_warmup_without_a_scheduler_is_refused():
         ({"scheduler": "cosin"}, "scheduler='cosin' is not known; use one of"),
         ({"warmup": 100}, "warmup=100 is not within the run's 6 steps"),
         ({"warmup": -1}, "warmup=-1 is not within"),
+        ({"warmup": "5%"}, "warmup='5%' must be a number of steps, or a fraction"),
     ],
 )
 def test_schedules_that_cannot_be_are_refused(tmp_path, options, message):

@@ -69,6 +69,19 @@ def test_sharding_is_refused_before_anything_is_built(kind):
         prepare_normuon(SimpleNamespace(distributed_type=kind), tiny_llama())
 
 
+@pytest.mark.parametrize("misplaced", [3e-5, torch.optim.SGD([torch.ones(1)])])
+def test_what_is_no_loader_is_refused(misplaced):
+    with pytest.raises(TypeError, match="takes data loaders after the model, not a (float|SGD)"):
+        prepare_normuon(Accelerator(cpu=True), tiny_llama(), misplaced)
+
+
+def test_a_prepared_model_is_refused():
+    accelerator = Accelerator(cpu=True)
+    model, _, _ = prepared(accelerator)
+    with pytest.raises(ValueError, match="already prepared"):
+        prepare_normuon(accelerator, model, lr=0.1)
+
+
 def test_an_unknown_option_is_refused():
     with pytest.raises(TypeError, match=r"unknown options \['learning_rate'\]"):
         prepare_normuon(Accelerator(cpu=True), tiny_llama(), learning_rate=0.1)

@@ -21,8 +21,15 @@ def test_a_bare_group_of_matrices_is_normuon_row_by_row():
 
 
 def test_whole_model_is_refused_with_the_remedy():
-    with pytest.raises(ValueError, match=r"NorMuon needs matrices; .* AdamW group \(plan_parameters does\)"):
+    with pytest.raises(
+        ValueError, match=r"NorMuon needs matrices; .* AdamW group \(plan_parameters does\), or let build_normuon"
+    ):
         NorMuon(tiny_llama().parameters())
+
+
+def test_a_module_in_place_of_parameters_is_told_to_use_build_normuon():
+    with pytest.raises(TypeError, match=r"use build_normuon\(LlamaForCausalLM\)"):
+        NorMuon(tiny_llama())
 
 
 def test_names_given_with_the_parameters_are_in_the_message():

@@ -349,7 +349,7 @@ def test_override_finds_a_tied_weight_by_any_of_its_names():
         ),
         ({"norm1.weight": "normuon"}, "override of 'layer.norm1.weight'.*'o i' describes 2 dimensions"),
         ({"(": "adamw"}, r"override '\(' is no regular expression: missing \)"),
-        ({"linear1.weight": "sgd"}, "override of 'layer.linear1.weight': layout 'sgd' is not understood"),
+        ({"linear1.weight": "sgd"}, "override of 'layer.linear1.weight' to 'sgd': layout 'sgd' is not understood"),
     ],
 )
 def test_overrides_that_cannot_hold_are_refused(overrides, message):
@@ -402,6 +402,14 @@ def test_unknown_policy_and_unknown_options_are_refused():
         plan_parameters(nn.Linear(3, 3), lora="yes")
     with pytest.raises(TypeError, match=r"unknown options \['beta3'\]; known are \['adamw_betas', .*'overrides'"):
         build_normuon(nn.Linear(3, 3), beta3=0.9)
+
+
+def test_what_is_no_model_is_refused():
+    for wrong in (tiny_llama().parameters(), [nn.Linear(2, 2)], None):
+        with pytest.raises(TypeError, match=r"the plan needs the model itself, an nn\.Module; got"):
+            build_normuon(wrong)
+    with pytest.raises(TypeError, match="overrides must map patterns"):
+        plan_parameters(nn.Linear(3, 3), overrides=["weight"])
 
 
 def test_printed_table_folds_layers_and_ends_with_the_shares():
