@@ -71,7 +71,7 @@ def test_sharding_is_refused_before_anything_is_built(kind):
 
 @pytest.mark.parametrize("misplaced", [3e-5, torch.optim.SGD([torch.ones(1)])])
 def test_what_is_no_loader_is_refused(misplaced):
-    with pytest.raises(TypeError, match="takes data loaders after the model, not a (float|SGD)"):
+    with pytest.raises(TypeError, match=r"takes data loaders after the model, not a (float|SGD)"):
         prepare_normuon(Accelerator(cpu=True), tiny_llama(), misplaced)
 
 
