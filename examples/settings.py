@@ -144,7 +144,5 @@ def normuon_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def bf16_is_fast() -> bool:
     """Return whether training should run under bf16 autocast on this machine."""
-    return (
-        fast_matmul_dtype(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu").device)
-        == torch.bfloat16
-    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return fast_matmul_dtype(device) == torch.bfloat16
