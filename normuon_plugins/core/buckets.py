@@ -1,69 +1,123 @@
-"""What is computed together: matrices of one shape in one batch, bounded in bytes."""
+"""Who owns what and what travels together: deterministic, balanced over owners, bounded in bytes.
+
+Nothing here communicates. Every rank computes the same answer from the same stacks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import heapq
+from collections import deque
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
+from normuon_plugins.core.stacks import Stack
+
+# A rank keeps the matrices that it holds whole until they are this many times an even share of all work: their exchange
+# would cost more than the imbalance.
+LOCAL_SHARE = 2
+
 
 @dataclass(frozen=True)
-class Stack:
-    """Matrices of one shape that lie in one parameter.
+class Round:
+    """Stacks that travel in one message to their owners.
 
     Attributes:
-        key: Everything that must agree for two stacks to be multiplied in one batch: shape, dtype, device, options.
-        count: Number of matrices.
-        matrix_bytes: Bytes of one matrix in the batch.
+        stacks: Their numbers.
+        parts: Messages on the way back; more than one only where replicas would make one of them too large.
     """
 
-    key: Hashable
-    count: int
-    matrix_bytes: int
+    stacks: tuple[int, ...]
+    parts: int
 
 
-@dataclass(frozen=True)
-class Slice:
-    """Matrices ``start`` to ``stop`` (exclusive) of stack number ``index``."""
+def choose_owners(stacks: Sequence[Stack], ranks: int) -> list[int]:
+    """Return the owner of every stack: longest processing time first (Graham 1969) over their multiplications.
 
-    index: int
-    start: int
-    stop: int
-
-
-def plan_buckets(stacks: Sequence[Stack], bucket_bytes: int) -> list[list[Slice]]:
-    """Divide stacks into batches of equal ``key`` and at most ``bucket_bytes`` each.
-
-    A stack that does not fit into what is left of a bucket is divided; a single matrix larger than ``bucket_bytes``
-    gets a bucket of its own. The result depends on the arguments alone, in their order, so every rank plans the same.
-
-    Args:
-        stacks: In the order of the parameters.
-        bucket_bytes: Upper bound of a batch, at least 1.
-
-    Returns:
-        Every matrix of every stack exactly once; buckets of one key stand together, in the order in which keys appear.
-
-    Example:
-        >>> buckets = plan_buckets([Stack("a", 3, 10), Stack("b", 1, 10), Stack("a", 1, 10)], bucket_bytes=20)
-        >>> [[(part.index, part.start, part.stop) for part in bucket] for bucket in buckets]
-        [[(0, 0, 2)], [(0, 2, 3), (2, 0, 1)], [(1, 0, 1)]]
+    A stack that only some ranks hold whole goes to the least loaded of these, where it needs no message, unless that
+    would give this rank more than ``LOCAL_SHARE`` even shares. Every other stack goes to the least loaded rank.
     """
-    by_key: dict[Hashable, list[int]] = {}
-    for index, stack in enumerate(stacks):
-        by_key.setdefault(stack.key, []).append(index)
-    buckets: list[list[Slice]] = []
-    for indices in by_key.values():
-        room = 0
-        for index in indices:
-            count = stacks[index].count
-            capacity = max(1, bucket_bytes // stacks[index].matrix_bytes)
-            start = 0
-            while start < count:
-                if room == 0:
-                    buckets.append([])
-                    room = capacity
-                stop = min(count, start + room)
-                buckets[-1].append(Slice(index, start, stop))
-                room -= stop - start
-                start = stop
-    return buckets
+    loads = [0] * ranks
+    owners = [0] * len(stacks)
+    limit = LOCAL_SHARE * sum(stack.multiplications for stack in stacks) / ranks
+    travelling = []
+    for number in sorted(range(len(stacks)), key=lambda number: -stacks[number].multiplications):
+        holders = stacks[number].whole_holders
+        work = stacks[number].multiplications
+        best = min(holders, key=loads.__getitem__, default=None)
+        if best is None or len(holders) == ranks or (loads[best] and loads[best] + work > limit):
+            travelling.append(number)
+        else:
+            owners[number] = best
+            loads[best] += work
+    heap = [(load, place) for place, load in enumerate(loads)]
+    heapq.heapify(heap)
+    for number in travelling:
+        load, place = heap[0]
+        owners[number] = place
+        heapq.heapreplace(heap, (load + stacks[number].multiplications, place))
+    return owners
+
+
+def is_local(stack: Stack, owner: int) -> bool:
+    """Return whether ``owner`` alone holds ``stack``, so that no message is needed."""
+    return stack.holders == [owner]
+
+
+def plan_rounds(stacks: Sequence[Stack], owners: Sequence[int], ranks: int, bucket_bytes: int) -> list[Round]:
+    """Divide the stacks that travel into rounds, the largest first.
+
+    In one round no rank owns more than ``bucket_bytes`` and none sends more than that to owners, unless a single stack
+    is larger. Owners are filled in turns, so that all of them work in every round.
+    """
+    queues: list[deque[int]] = [deque() for _ in range(ranks)]
+    for number in sorted(range(len(stacks)), key=lambda number: -stacks[number].multiplications):
+        if not is_local(stacks[number], owners[number]):
+            queues[owners[number]].append(number)
+    rounds = []
+    while any(queues):
+        chosen: list[int] = []
+        owned, sent = [0] * ranks, [0] * ranks
+        open_queues = [queue for queue in queues if queue]
+        while open_queues:
+            for queue in list(open_queues):
+                stack, owner = stacks[queue[0]], owners[queue[0]]
+                leaving = _sent(stack, owner)
+                fits = owned[owner] + stack.nbytes <= bucket_bytes and all(
+                    total + more <= bucket_bytes for total, more in zip(sent, leaving, strict=True) if more
+                )
+                if fits or not chosen:
+                    owned[owner] += stack.nbytes
+                    sent = [total + more for total, more in zip(sent, leaving, strict=True)]
+                    chosen.append(queue.popleft())
+                if not queue or not fits:
+                    open_queues.remove(queue)
+        replicas = max(max(stacks[number].blocks[0].replicas) + 1 for number in chosen)
+        shifts_per_part = max(1, bucket_bytes // max(*owned, *sent))
+        rounds.append(Round(tuple(sorted(chosen)), -(-replicas // shifts_per_part)))
+    return rounds
+
+
+def _sent(stack: Stack, owner: int) -> list[int]:
+    """Return the bytes that each rank sends to the owner: those of the owner's replica, what they hold."""
+    replicas = stack.blocks[0].replicas
+    return [
+        held if replica == replicas[owner] and place != owner else 0
+        for place, (held, replica) in enumerate(zip(stack.held, replicas, strict=True))
+    ]
+
+
+def plan_batches(stacks: Sequence[Stack], numbers: Iterable[int], bucket_bytes: int) -> list[list[int]]:
+    """Divide the stacks called ``numbers`` into batches of equal ``key`` and at most ``bucket_bytes``.
+
+    A single stack may be larger. Batches of one key stand together, in the order in which keys appear.
+    """
+    batches: dict[Hashable, list[list[int]]] = {}
+    room: dict[Hashable, int] = {}
+    for number in numbers:
+        stack = stacks[number]
+        if room.get(stack.key, 0) < stack.nbytes:
+            batches.setdefault(stack.key, []).append([])
+            room[stack.key] = bucket_bytes
+        batches[stack.key][-1].append(number)
+        room[stack.key] -= stack.nbytes
+    return [batch for same in batches.values() for batch in same]

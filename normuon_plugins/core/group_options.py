@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed import ProcessGroup
 
 from normuon_plugins.core.layout import parse_layout
 from normuon_plugins.core.orthogonalize import PRESETS
@@ -93,6 +93,11 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: isinstance(value, Integral) and int(value) >= 1,
         "a whole number of bytes, at least 1",
     ),
+    "replicas": (lambda value: value in ("share", "redundant"), "'share' or 'redundant'"),
+    "process_group": (
+        lambda value: value is None or isinstance(value, ProcessGroup),
+        "a torch.distributed.ProcessGroup, or None",
+    ),
     "orthogonalize_fn": (
         lambda value: value is None or callable(value),
         "a function of a tensor (batch, rows, cols), or None",
@@ -159,26 +164,25 @@ def _primitive(value: Any) -> Any:
     return int(value) if isinstance(value, Integral) else float(value)
 
 
-def check_parameter(parameter: Tensor, name: str, group: Mapping[str, Any]) -> None:
+def check_parameter(parameter: Tensor, group: Mapping[str, Any], name: str) -> None:
     """Raise unless the group's algorithm can train ``parameter``; the message names it and the remedy.
 
     Args:
         parameter: A leaf tensor.
-        name: Its FQN, or its place in the group.
         group: Complete, see ``complete_group``.
+        name: Its FQN, or its place in the group.
 
     Raises:
         TypeError: If the dtype is complex or not floating point.
-        ValueError: If the parameter is sharded, or its shape does not fit the layout.
+        ValueError: If its shape does not fit the layout, or its gradient is sparse.
     """
     if parameter.dtype not in TRAINABLE_DTYPES:
         raise TypeError(
             f"NorMuon trains real floating-point parameters; {name!r} is {parameter.dtype}. Leave it out of the groups."
         )
-    if isinstance(parameter, DTensor):
-        raise ValueError(
-            f"{name!r} is sharded (a DTensor); this version steps whole parameters only. Use one process or DDP."
-        )
+    gradient = parameter.grad
+    if gradient is not None and gradient.layout != torch.strided:
+        raise ValueError(f"{name!r} has a sparse gradient; build its embedding with sparse=False.")
     if group["algorithm"] == "adamw":
         return
     try:

@@ -22,7 +22,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -60,31 +59,40 @@ class Layout:
         if self.blocks and self.interleaved and neurons % turn:
             raise ValueError(f"the turn of layout {self.spec!r} is {turn}, which does not divide {neurons} neurons")
 
-    def block_views(self, tensor: Tensor) -> list[Tensor]:
-        """Return views of ``tensor``, one per fused block, whose ``reshape(e, rows, cols)`` is a stack of matrices.
+    def block_boxes(self, shape: Sequence[int]) -> list[tuple[tuple[tuple[int, int], ...], ...]]:
+        """Return the indices of each fused block of a parameter of ``shape``: ``[start, stop)`` ranges by dimension.
 
-        Views, never copies: writing to one writes to ``tensor``. Works alike for a parameter, for a tensor of its
-        shape, and for its neuron state, whose input dimensions are 1.
+        Example:
+            >>> parse_layout("o%1+2 i").block_boxes((6, 4))
+            [(((0, 1), (3, 4)), ((0, 4),)), (((1, 3), (4, 6)), ((0, 4),))]
+        """
+        turn = sum(self.blocks) if self.interleaved else shape[self.axes.index("o")]
+        boxes = []
+        start = 0
+        for size in self.blocks or (turn,):
+            ranges = tuple(
+                (first + start, first + start + size) for first in range(0, shape[self.axes.index("o")], turn)
+            )
+            neurons = ranges if size < turn else ((0, shape[self.axes.index("o")]),)
+            boxes.append(
+                tuple(neurons if axis == "o" else ((0, extent),) for axis, extent in zip(self.axes, shape, strict=True))
+            )
+            start += size
+        return boxes
+
+    def storage_view(self, matrices: Tensor, shape: Sequence[int]) -> Tensor:
+        """Return a view of a stack of matrices whose dimensions stand in the order of the parameter's.
 
         Args:
-            tensor: One dimension per axis of the layout.
-
-        Returns:
-            Tensors of shape ``(e, o, i, ...)``, or ``(e, turns, o, i, ...)`` for interleaved blocks; ``e`` is 1
-            without an axis ``e``.
+            matrices: Shape ``(count, rows, cols)``; ``count`` is 1 without an axis ``e``.
+            shape: Of the parameter, or of its neuron state (then ``cols`` is 1); only input dimensions are read.
         """
-        order = sorted(range(len(self.axes)), key=lambda dim: "eoi".index(self.axes[dim]))
-        view = tensor.permute(order)
+        inputs = [size for axis, size in zip(self.axes, shape, strict=True) if axis == "i"]
+        view = torch.unflatten(matrices, -1, inputs)
         if "e" not in self.axes:
-            view = view.unsqueeze(0)
-        if not self.blocks:
-            return [view]
-        neuron_dim = 1
-        if self.interleaved:
-            view = torch.unflatten(view, 1, (-1, sum(self.blocks)))
-            neuron_dim = 2
-        starts = accumulate(self.blocks[:-1], initial=0)
-        return [view.narrow(neuron_dim, start, size) for start, size in zip(starts, self.blocks, strict=True)]
+            view = view.squeeze(0)
+        order = sorted(range(len(self.axes)), key=lambda dim: "eoi".index(self.axes[dim]))
+        return view.permute([order.index(dim) for dim in range(len(order))])
 
     def matrix_shapes(self, shape: Sequence[int]) -> list[tuple[int, int, int]]:
         """Return ``(count, rows, cols)`` of the matrices in each fused block of a parameter of ``shape``."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import groupby
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer
 
-from normuon_plugins.core.adamw_step import step_adamw
 from normuon_plugins.core.group_options import (
     GROUP_KEYS,
     check_group,
@@ -19,9 +18,9 @@ from normuon_plugins.core.group_options import (
     complete_group,
     parameter_name,
 )
-from normuon_plugins.core.matrix_step import split_blocks, step_matrices
 from normuon_plugins.core.optimizer_state import check_loadable, check_state, create_state, restore_float32
-from normuon_plugins.core.update_rules import update_momentum
+from normuon_plugins.core.step import find_nonfinite, local_gradients, take_step
+from normuon_plugins.core.step_plan import Member, StepPlan, plan_step, sign
 
 # 128 MiB holds the matrices of one shape of a 124M model, and one 4096 x 14336 matrix of Llama-3-8B, in bfloat16.
 DEFAULT_BUCKET_BYTES = 128 * 2**20
@@ -69,6 +68,10 @@ class NorMuon(Optimizer):
         bucket_bytes: Bound on the matrices multiplied in one batch, in bytes; the transient memory of a step is a
             few times this.
         orthogonalize_fn: Replaces Newton-Schulz: a function from ``(batch, rows, cols)`` to a new tensor like it.
+        replicas: ``"share"``: ranks that hold the same numbers (the replicas of HSDP, or of ``process_group``) divide
+            the matrices among them. ``"redundant"``: each computes all of them, without a message between replicas.
+        process_group: Ranks on which plain parameters and their gradients are known to be equal (DDP); they share the
+            work as above. None computes plain parameters on every rank.
 
     Raises:
         ValueError: If an option is out of range, or a parameter does not fit its group; the message names it.
@@ -93,6 +96,7 @@ class NorMuon(Optimizer):
     """
 
     skipped_steps: int = 0
+    _plan: StepPlan | None = None
 
     def __init__(
         self,
@@ -116,6 +120,8 @@ class NorMuon(Optimizer):
         nonfinite: str = "propagate",
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         orthogonalize_fn: Callable[[Tensor], Tensor] | None = None,
+        replicas: str = "share",
+        process_group: ProcessGroup | None = None,
     ) -> None:
         if isinstance(params, torch.nn.Module):
             raise TypeError(
@@ -128,7 +134,10 @@ class NorMuon(Optimizer):
         super().__init__(params, options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "skipped_steps": self.skipped_steps}
+        # A process group belongs to its process: a copy computes on its own, which is always right.
+        state = super().__getstate__()
+        defaults = {**state["defaults"], "process_group": None}
+        return {**state, "defaults": defaults, "skipped_steps": self.skipped_steps}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, as in torch; missing keys take the values given to ``__init__``.
@@ -154,7 +163,7 @@ class NorMuon(Optimizer):
             del group[key]  # torch adds every default; a group holds the keys of its own algorithm
         try:
             for index, parameter in enumerate(group["params"]):
-                check_parameter(parameter, parameter_name(group, index), group)
+                check_parameter(parameter, group, parameter_name(group, index))
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -212,82 +221,44 @@ class NorMuon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        trainable = self._check_trainable()
-        live = self._drop_nonfinite([member for member in trainable if member.parameter.grad is not None])
-        for member in trainable:
-            if member.parameter not in self.state:
-                self.state[member.parameter] = create_state(member.parameter, member.group)
-        self._step_matrices([member for member in live if member.group["algorithm"] == "normuon"])
-        others = [member for member in live if member.group["algorithm"] == "adamw"]
-        for _, members in groupby(others, key=lambda member: id(member.group)):
-            self._step_adamw(list(members))
+        members = self._check_trainable()
+        plan = self._plan_step(members)
+        gradients = local_gradients(plan)
+        skipped = self._find_nonfinite(plan, gradients)
+        for parameter, group, _ in members:
+            if parameter not in self.state:
+                self.state[parameter] = create_state(parameter, group)
+        take_step(plan, gradients, self.state, skipped, self.defaults["orthogonalize_fn"])
         return loss
 
-    def _check_trainable(self) -> list[_Member]:
+    def _check_trainable(self) -> list[Member]:
         """Return every parameter that requires a gradient; raise if any of them cannot be stepped."""
         members = []
         for group in self.param_groups:
             check_group(group)
             for index, parameter in enumerate(group["params"]):
                 if parameter.requires_grad:
-                    member = _Member(parameter, group, parameter_name(group, index))
-                    _check_member(member)
+                    member = Member(parameter, group, parameter_name(group, index))
+                    check_parameter(*member)
                     if parameter in self.state:
-                        check_state(parameter, member.name, group, self.state[parameter])
+                        check_state(*member, self.state[parameter])
                     members.append(member)
         return members
 
-    def _drop_nonfinite(self, members: list[_Member]) -> list[_Member]:
-        """Return the members that take part in this step under ``nonfinite=``."""
+    def _plan_step(self, members: Sequence[Member]) -> StepPlan:
+        """Return the plan of the last step if it still holds, else a new one."""
+        if self._plan is None or self._plan.signature != sign(members, self.defaults):
+            self._plan = plan_step(members, self.defaults, self._plan)
+        return self._plan
+
+    def _find_nonfinite(self, plan: StepPlan, gradients: Mapping[int, Tensor]) -> set[int]:
+        """Return the numbers of the parameters to leave out under ``nonfinite=``, the same on every rank."""
         policy = self.defaults["nonfinite"]
-        if policy == "propagate" or not members:
-            return members
-        # One read-back for all flags: asking each of them would stop a GPU once per parameter.
-        flags = [torch.isfinite(member.gradient).all() for member in members]
-        finite = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
-        bad = [member.name for member, ok in zip(members, finite, strict=True) if not ok]
+        if policy == "propagate":
+            return set()
+        bad = find_nonfinite(plan, gradients)
         if bad and policy == "raise":
-            raise FloatingPointError(f"gradient with NaN or infinity in {bad}; nothing was changed.")
+            names = [plan.members[number].name for number in bad]
+            raise FloatingPointError(f"gradient with NaN or infinity in {names}; nothing was changed.")
         self.skipped_steps += len(bad)
-        return [member for member, ok in zip(members, finite, strict=True) if ok]
-
-    def _step_matrices(self, members: list[_Member]) -> None:
-        blocks = []
-        for member in members:
-            state = self.state[member.parameter]
-            update_momentum(state["momentum_buffer"], member.gradient, momentum=member.group["momentum"])
-            blocks += split_blocks(member.parameter, member.gradient, state, member.group)
-        step_matrices(
-            blocks,
-            bucket_bytes=self.defaults["bucket_bytes"],
-            orthogonalize_fn=self.defaults["orthogonalize_fn"],
-        )
-
-    def _step_adamw(self, members: list[_Member]) -> None:
-        step_adamw(
-            [member.parameter for member in members],
-            [member.gradient for member in members],
-            [self.state[member.parameter] for member in members],
-            members[0].group,
-        )
-
-
-class _Member(NamedTuple):
-    """A trainable parameter with its group and its name for messages."""
-
-    parameter: Tensor
-    group: Mapping[str, Any]
-    name: str
-
-    @property
-    def gradient(self) -> Tensor:
-        assert self.parameter.grad is not None
-        return self.parameter.grad
-
-
-def _check_member(member: _Member) -> None:
-    """Raise unless the parameter and its gradient can be stepped; see ``check_parameter``."""
-    check_parameter(member.parameter, member.name, member.group)
-    gradient = member.parameter.grad
-    if gradient is not None and gradient.layout != torch.strided:
-        raise ValueError(f"{member.name!r} has a sparse gradient; build its embedding with sparse=False.")
+        return set(bad)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from normuon_plugins.core.group_options import parameter_name
 from normuon_plugins.core.layout import parse_layout
+from normuon_plugins.distributed.placement import describe, is_like, local, zeros
 
 # float32 whatever the parameter's dtype: a decay of 0.05 per step is below bfloat16's resolution, and counting steps
 # ends at 256.
@@ -33,11 +34,16 @@ def state_shapes(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, tuple
 
 
 def create_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return zeros for every key of ``state_shapes``, on the parameter's device."""
+    """Return zeros for every key of ``state_shapes``, on the parameter's device.
+
+    A sharded parameter gets DTensors placed like it; the second moment is replicated where inputs are sharded.
+    """
     state = {}
     for key, shape in state_shapes(parameter, group).items():
-        if key in FLOAT32_STATE:
-            state[key] = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
+        if key == "step":
+            state[key] = torch.zeros(shape, dtype=torch.float32, device=local(parameter).device)
+        elif key in FLOAT32_STATE:
+            state[key] = zeros(parameter, shape, torch.float32)
         else:
             state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     return state
@@ -104,15 +110,15 @@ def _check_saved_state(parameter: Tensor, name: str, group: Mapping[str, Any], s
             )
 
 
-def check_state(parameter: Tensor, name: str, group: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Raise ``ValueError`` when ``parameter`` was cast or moved since ``state`` was created."""
+def check_state(parameter: Tensor, group: Mapping[str, Any], name: str, state: Mapping[str, Tensor]) -> None:
+    """Raise ``ValueError`` when ``parameter`` was cast, moved or sharded since ``state`` was created."""
     buffer = state["momentum_buffer" if group["algorithm"] == "normuon" else "exp_avg"]
-    here, there = ((tensor.dtype, tensor.device, tensor.shape) for tensor in (parameter, buffer))
-    if here != there:
-        raise ValueError(
-            f"{name!r} is {here[0]} {tuple(here[2])} on {here[1]}, its state {there[0]} {tuple(there[2])} on"
-            f" {there[1]}: the model was cast or moved after the first step. Do that before it, or load the state anew."
-        )
+    if is_like(parameter, buffer):
+        return
+    raise ValueError(
+        f"{name!r} is {describe(parameter)} on {parameter.device}, its state {describe(buffer)} on {buffer.device}: the"
+        " model was cast, moved or sharded after the first step. Do that before it, or load the state anew."
+    )
 
 
 def restore_float32(

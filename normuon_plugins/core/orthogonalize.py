@@ -78,6 +78,12 @@ def fast_matmul_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def multiplications(rows: int, cols: int, ns_steps: int) -> int:
+    """Return how many scalar multiplications ``orthogonalize`` takes for one matrix: three products a step."""
+    short, long = sorted((rows, cols))
+    return ns_steps * (2 * short * short * long + short**3)
+
+
 def orthogonalize(
     matrices: Tensor,
     *,

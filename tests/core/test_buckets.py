@@ -1,29 +1,117 @@
-"""plan_buckets: every matrix once, one key per bucket, never above the bound."""
+"""Owners, rounds and batches: every stack once, balanced, within the bound, the same for the same stacks."""
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.tensor import Replicate, Shard
 
-from normuon_plugins.core.buckets import Stack, plan_buckets
+from normuon_plugins.core.buckets import LOCAL_SHARE, choose_owners, is_local, plan_batches, plan_rounds
+from normuon_plugins.core.layout import parse_layout
+from normuon_plugins.core.stacks import divide
+from normuon_plugins.distributed.placement import locate_on_mesh
 
-STACKS = st.lists(st.builds(Stack, st.sampled_from("abc"), st.integers(1, 9), st.just(10)), max_size=8)
+SHARDINGS = [
+    ((4,), (Shard(0),)),
+    ((4,), (Shard(1),)),
+    ((2, 2), (Replicate(), Shard(0))),
+    ((4,), (Replicate(),)),
+    ((1,), (Replicate(),)),
+]
+SHAPES = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=12)
 
 
-@given(stacks=STACKS, bucket_bytes=st.integers(1, 100))
-def test_every_matrix_is_planned_once_within_the_bound(stacks, bucket_bytes):
-    buckets = plan_buckets(stacks, bucket_bytes)
-    planned = [(part.index, matrix) for bucket in buckets for part in bucket for matrix in range(part.start, part.stop)]
-    assert sorted(planned) == [(index, n) for index, stack in enumerate(stacks) for n in range(stack.count)]
-    for bucket in buckets:
-        assert len({stacks[part.index].key for part in bucket}) == 1
-        matrices = sum(part.stop - part.start for part in bucket)
-        assert matrices == 1 or matrices * 10 <= bucket_bytes
+def stacks_of(shapes, mesh_shape, placements, bucket_bytes, layout="o i"):
+    ranks = torch.Size(mesh_shape).numel()
+    layout = parse_layout(layout)
+    stacks = []
+    for number, shape in enumerate(shapes):
+        neurons = layout.neuron_state_shape(shape)
+        neuron_placements = tuple(
+            Replicate()
+            if isinstance(placement, Shard) and neurons[placement.dim] != shape[placement.dim]
+            else placement
+            for placement in placements
+        )
+        stacks += divide(
+            number,
+            layout,
+            shape,
+            (
+                locate_on_mesh(shape, placements, mesh_shape, tuple(range(ranks))),
+                locate_on_mesh(neurons, neuron_placements, mesh_shape, tuple(range(ranks))),
+            ),
+            dtype=torch.bfloat16,
+            device=torch.device("cpu"),
+            ns_steps=5,
+            options=(),
+            bucket_bytes=bucket_bytes,
+        )
+    return stacks, ranks
 
 
-@given(stacks=STACKS, bucket_bytes=st.integers(10, 100))
-def test_no_bucket_could_have_taken_the_next_one_of_its_key(stacks, bucket_bytes):
-    capacity = bucket_bytes // 10
-    full = {}
-    for bucket in plan_buckets(stacks, bucket_bytes):
-        full.setdefault(stacks[bucket[0].index].key, []).append(sum(part.stop - part.start for part in bucket))
-    for sizes in full.values():
-        assert all(size == capacity for size in sizes[:-1])
+@given(shapes=SHAPES, sharding=st.sampled_from(SHARDINGS), bucket_bytes=st.integers(1, 4000))
+def test_every_stack_is_planned_once_within_the_bound(shapes, sharding, bucket_bytes):
+    stacks, ranks = stacks_of(shapes, *sharding, bucket_bytes)
+    owners = choose_owners(stacks, ranks)
+    rounds = plan_rounds(stacks, owners, ranks, bucket_bytes)
+    travelling = [number for chosen in rounds for number in chosen.stacks]
+    here = [number for number, stack in enumerate(stacks) if is_local(stack, owners[number])]
+    assert sorted(travelling + here) == list(range(len(stacks)))
+    for chosen in rounds:
+        for rank in range(ranks):
+            owned = [stacks[number].nbytes for number in chosen.stacks if owners[number] == rank]
+            assert len(chosen.stacks) == 1 or sum(owned) <= bucket_bytes
+            replica = stacks[0].blocks[0].replicas[rank]
+            sent = [
+                stacks[number].held[rank]
+                for number in chosen.stacks
+                if owners[number] != rank and stacks[0].blocks[0].replicas[owners[number]] == replica
+            ]
+            assert len(chosen.stacks) == 1 or sum(sent) <= bucket_bytes
+
+
+@given(shapes=SHAPES, bucket_bytes=st.integers(1, 4000))
+def test_batches_hold_equal_matrices_within_the_bound(shapes, bucket_bytes):
+    stacks, _ = stacks_of(shapes, (1,), (Replicate(),), bucket_bytes)
+    batches = plan_batches(stacks, range(len(stacks)), bucket_bytes)
+    assert sorted(number for batch in batches for number in batch) == list(range(len(stacks)))
+    for batch in batches:
+        assert len({stacks[number].key for number in batch}) == 1
+        assert len(batch) == 1 or sum(stacks[number].nbytes for number in batch) <= bucket_bytes
+
+
+@given(shapes=SHAPES, sharding=st.sampled_from(SHARDINGS))
+def test_no_rank_works_more_than_an_even_share_and_the_largest_stack(shapes, sharding):
+    stacks, ranks = stacks_of(shapes, *sharding, 10**9)
+    owners = choose_owners(stacks, ranks)
+    work = [stack.multiplications for stack in stacks]
+    loads = [sum(work[number] for number in range(len(stacks)) if owners[number] == rank) for rank in range(ranks)]
+    assert max(loads) <= LOCAL_SHARE * sum(work) / ranks + max(work)
+
+
+def test_equal_matrices_are_dealt_evenly():
+    stacks, ranks = stacks_of([(8, 8)] * 12, (4,), (Shard(0),), 10**9)
+    owners = choose_owners(stacks, ranks)
+    assert sorted(owners) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
+def test_experts_stay_with_the_rank_that_holds_them():
+    stacks, ranks = stacks_of([(5, 6, 4)] * 3, (4,), (Shard(0),), 10**9, layout="e o i")
+    owners = choose_owners(stacks, ranks)
+    assert all(is_local(stack, owner) for stack, owner in zip(stacks, owners, strict=True))
+
+
+def test_experts_of_few_ranks_are_dealt_out_when_the_others_would_wait():
+    """Two experts on eight ranks, forty layers: kept where they lie, six ranks of eight would do nothing."""
+    stacks, ranks = stacks_of([(2, 16, 8)] * 40, (8,), (Shard(0),), 10**9, layout="e o i")
+    owners = choose_owners(stacks, ranks)
+    loads = [owners.count(rank) for rank in range(ranks)]
+    assert sum(loads) == 80
+    assert max(loads) <= LOCAL_SHARE * 10
+
+
+def test_a_round_of_replicas_comes_back_in_parts_that_keep_the_bound():
+    """Eight replicas of one matrix each: in one message a rank would receive eight times the bound."""
+    stacks, ranks = stacks_of([(32, 32)] * 8, (8,), (Replicate(),), stacks_bytes := 32 * 32 * 2 + 32 * 4)
+    rounds = plan_rounds(stacks, choose_owners(stacks, ranks), ranks, stacks_bytes)
+    assert [(len(chosen.stacks), chosen.parts) for chosen in rounds] == [(8, 8)]

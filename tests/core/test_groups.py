@@ -5,12 +5,10 @@ import inspect
 import pytest
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from normuon_plugins import NorMuon, plan_parameters
 from normuon_plugins.core.group_options import CHECKS, GROUP_KEYS
-from normuon_plugins.core.matrix_step import BATCH_OPTIONS
+from normuon_plugins.core.step_plan import BATCH_OPTIONS
 from tests.models import tiny_llama
 
 
@@ -48,23 +46,11 @@ def test_anything_but_2d_is_refused_in_a_bare_group(shape):
         NorMuon([nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(shape))])
 
 
-def test_sharded_parameters_are_refused_when_the_optimizer_is_built(tmp_path):
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        model = nn.Linear(4, 4, bias=False)
-        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-        with pytest.raises(ValueError, match=r"'weight' is sharded \(a DTensor\).*one process or DDP"):
-            NorMuon(plan_parameters(model).param_groups())
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def test_every_option_has_a_check_and_every_group_key_an_option():
     options = set(inspect.signature(NorMuon).parameters) - {"params"}
     assert {option.removeprefix("adamw_") for option in options} == set(CHECKS)
     taken = {option for keys in GROUP_KEYS.values() for option in keys.values()}
-    assert taken | {"nonfinite", "bucket_bytes", "orthogonalize_fn"} == options
+    assert taken | {"nonfinite", "bucket_bytes", "orthogonalize_fn", "replicas", "process_group"} == options
     # what a batch may not mix, and what is read block by block or only applied at the end
     assert set(BATCH_OPTIONS) | {"lr", "weight_decay", "momentum", "nesterov", "ns_dtype"} == set(GROUP_KEYS["normuon"])
 

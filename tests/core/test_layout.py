@@ -21,22 +21,30 @@ READINGS = [
 ]
 
 
+def indices(box):
+    """Return the lists of indices that a box stands for, one per dimension."""
+    return [[index for start, stop in intervals for index in range(start, stop)] for intervals in box]
+
+
 @pytest.mark.parametrize(("spec", "shape", "blocks"), READINGS)
-def test_block_views_read_the_matrices_a_person_would(spec, shape, blocks):
+def test_boxes_and_storage_views_read_the_matrices_a_person_would(spec, shape, blocks):
     weight = torch.randn(shape)
     layout = parse_layout(spec)
     layout.check(shape)
-    views = layout.block_views(weight)
-    assert len(views) == len(blocks)
-    for view, size, expected in zip(views, layout.matrix_shapes(shape), blocks, strict=True):
-        assert torch.equal(view.reshape(size)[0], expected(weight))
+    boxes = layout.block_boxes(shape)
+    assert len(boxes) == len(blocks)
+    for box, size, expected in zip(boxes, layout.matrix_shapes(shape), blocks, strict=True):
+        matrices = torch.zeros(size)
+        view = layout.storage_view(matrices, shape)
+        view.copy_(weight[tuple(torch.meshgrid(*map(torch.tensor, indices(box)), indexing="ij"))])
+        assert torch.equal(matrices[0], expected(weight))
 
 
 @pytest.mark.parametrize(("spec", "shape", "blocks"), READINGS)
-def test_writing_to_the_views_writes_every_element_once(spec, shape, blocks):
+def test_boxes_hold_every_element_once(spec, shape, blocks):
     weight = torch.zeros(shape)
-    for view in parse_layout(spec).block_views(weight):
-        view.add_(1)
+    for box in parse_layout(spec).block_boxes(shape):
+        weight[tuple(torch.meshgrid(*map(torch.tensor, indices(box)), indexing="ij"))] += 1
     assert torch.equal(weight, torch.ones(shape))
 
 
@@ -47,12 +55,14 @@ def test_neuron_state_reads_row_by_row_like_the_parameter(spec, shape, blocks):
     dims = [dim for dim, axis in enumerate(layout.axes) if axis == "i"]
     state = weight.sum(dims, keepdim=True)
     assert tuple(state.shape) == layout.neuron_state_shape(shape)
-    for view, neurons, (count, rows, cols) in zip(
-        layout.block_views(weight), layout.block_views(state), layout.matrix_shapes(shape), strict=True
+    for box, (count, rows, _), expected in zip(
+        layout.block_boxes(state.shape), layout.matrix_shapes(shape), blocks, strict=True
     ):
-        torch.testing.assert_close(
-            neurons.reshape(count, rows, 1), view.reshape(count, rows, cols).sum(-1, keepdim=True)
+        neurons = torch.zeros(count, rows, 1)
+        layout.storage_view(neurons, state.shape).copy_(
+            state[tuple(torch.meshgrid(*map(torch.tensor, indices(box)), indexing="ij"))]
         )
+        torch.testing.assert_close(neurons[0], expected(weight).sum(-1, keepdim=True))
 
 
 @pytest.mark.parametrize(

@@ -385,7 +385,7 @@ def test_a_model_cast_after_the_first_step_is_refused_before_any_write():
     bias.data = bias.data.double()
     bias.grad = torch.ones(6, dtype=torch.float64)
     before = weight.detach().clone()
-    with pytest.raises(ValueError, match=r"'bias' is torch.float64 \(6,\) on cpu, its state torch.float32"):
+    with pytest.raises(ValueError, match=r"'bias' is \(6,\) torch.float64 on cpu, its state \(6,\) torch.float32"):
         optimizer.step()
     assert torch.equal(weight, before)
 

@@ -1,0 +1,140 @@
+"""One step of all parameters, in the order in which messages and multiplications overlap best."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from normuon_plugins.core.adamw_step import step_adamw
+from normuon_plugins.core.layout import parse_layout
+from normuon_plugins.core.matrix_step import Orthogonalize, StoredMatrix, TeamStep, step_local
+from normuon_plugins.core.step_plan import Member, StepPlan
+from normuon_plugins.distributed.agreement import any_rank
+from normuon_plugins.distributed.placement import gradient_block, local
+
+
+def local_gradients(plan: StepPlan) -> dict[int, Tensor]:
+    """Return this rank's block of every gradient that there is, by the parameter's number."""
+    return {
+        number: gradient_block(member.parameter.grad, member.parameter)
+        for number, member in enumerate(plan.members)
+        if member.parameter.grad is not None
+    }
+
+
+def find_nonfinite(plan: StepPlan, gradients: Mapping[int, Tensor]) -> list[int]:
+    """Return the numbers of the parameters whose gradient has NaN or infinity on any rank that holds them."""
+    flags = torch.zeros(len(plan.members), dtype=torch.bool)
+    checks = [torch.isfinite(gradient).all() for gradient in gradients.values()]
+    if checks:
+        # One read-back for all flags: asking each of them would stop a GPU once per parameter.
+        flags[list(gradients)] = ~torch.stack([check.to(checks[0].device) for check in checks]).cpu()
+    for team in plan.teams:
+        flags[team.members] = torch.tensor(any_rank(flags[team.members], team.group, team.device))
+    return [number for number, bad in enumerate(flags.tolist()) if bad]
+
+
+def take_step(
+    plan: StepPlan,
+    gradients: Mapping[int, Tensor],
+    states: Mapping[Tensor, Mapping[str, Tensor]],
+    skipped: Container[int],
+    orthogonalize_fn: Orthogonalize | None,
+) -> None:
+    """Step every parameter that has a gradient on any rank.
+
+    The first message leaves, then everything runs that needs none: AdamW, and matrices that lie whole on this rank.
+    Then the rounds follow, each of them multiplied while the next one travels.
+
+    Args:
+        plan: What to do.
+        gradients: See ``local_gradients``.
+        states: Of every parameter of the plan.
+        skipped: Numbers of parameters to leave alone, the same on every rank.
+        orthogonalize_fn: Replaces Newton-Schulz; None uses the group's options.
+    """
+    step = _Step(plan, gradients, states, orthogonalize_fn)
+    present = {number for number in gradients if number not in skipped}
+    step.advance_momenta(present)
+    teams = [team for team in plan.teams if team.rounds]
+    if not teams:
+        step.step_here(present)
+    for index, team in enumerate(teams):
+        matrices = TeamStep(team, step.stored, orthogonalize_fn)
+        matrices.start(present)
+        if index == 0:
+            step.step_here(present)
+        late = {number for number in matrices.find_gradients() if number not in present and number not in skipped}
+        step.advance_momenta(late)
+        step.step_here(late)
+        matrices.finish(present | late)
+
+
+class _Step:
+    """The parameters of a plan on this rank, during one step; see ``take_step`` for the arguments."""
+
+    def __init__(
+        self,
+        plan: StepPlan,
+        gradients: Mapping[int, Tensor],
+        states: Mapping[Tensor, Mapping[str, Tensor]],
+        orthogonalize_fn: Orthogonalize | None,
+    ) -> None:
+        self._plan = plan
+        self._gradients = gradients
+        self._states = [
+            {key: local(state) for key, state in states[member.parameter].items()} for member in plan.members
+        ]
+        self._orthogonalize_fn = orthogonalize_fn
+        self.stored = {
+            number: _stored(member, self._states[number], gradients.get(number))
+            for number, member in enumerate(plan.members)
+            if member.group["algorithm"] == "normuon"
+        }
+
+    def advance_momenta(self, numbers: Container[int]) -> None:
+        """Bring the momenta of some matrix parameters up to date."""
+        for number, matrix in self.stored.items():
+            if number in numbers:
+                matrix.advance()
+
+    def step_here(self, numbers: Container[int]) -> None:
+        """Step those of some parameters that need no message; a missing gradient is zero."""
+        others = [
+            number
+            for number, member in enumerate(self._plan.members)
+            if number in numbers and member.group["algorithm"] == "adamw"
+        ]
+        for _, same_group in groupby(others, key=lambda number: id(self._plan.members[number].group)):
+            self._step_adamw(list(same_group))
+        for bucket in self._plan.local:
+            step_local(bucket, self.stored, numbers, self._orthogonalize_fn)
+
+    def _step_adamw(self, numbers: list[int]) -> None:
+        parameters = [local(self._plan.members[number].parameter) for number in numbers]
+        step_adamw(
+            parameters,
+            [
+                self._gradients[number] if number in self._gradients else torch.zeros_like(parameter)
+                for number, parameter in zip(numbers, parameters, strict=True)
+            ],
+            [self._states[number] for number in numbers],
+            self._plan.members[numbers[0]].group,
+        )
+
+
+def _stored(member: Member, state: Mapping[str, Tensor], gradient: Tensor | None) -> StoredMatrix:
+    layout = parse_layout(member.group["layout"])
+    shape = tuple(member.parameter.shape)
+    return StoredMatrix(
+        local(member.parameter),
+        state["momentum_buffer"],
+        state["second_momentum_buffer"],
+        gradient,
+        member.group,
+        layout,
+        (shape, layout.neuron_state_shape(shape)),
+    )

@@ -1,0 +1,269 @@
+"""What a step does, decided once and kept until the parameters or their options change.
+
+Every rank plans from the same facts (shapes, placements, options) and so arrives at the same plan without a message; a
+digest of these facts is compared before the plan is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from normuon_plugins.core.buckets import choose_owners, is_local, plan_batches, plan_rounds
+from normuon_plugins.core.group_options import NS_DTYPES
+from normuon_plugins.core.layout import parse_layout
+from normuon_plugins.core.orthogonalize import fast_matmul_dtype
+from normuon_plugins.core.stacks import Stack, divide
+from normuon_plugins.distributed.agreement import check_equal, create_group
+from normuon_plugins.distributed.exchange import Exchange, Field, Item
+from normuon_plugins.distributed.placement import Blocks, compute_device, describe, local, locate, replicate
+
+# Options that must agree for the matrices of two groups to share a batch.
+BATCH_OPTIONS = ("ns_coefficients", "ns_steps", "eps", "adjust_lr_fn", "beta2", "normalize_neurons")
+
+
+class Member(NamedTuple):
+    """A trainable parameter with its group and its name for messages."""
+
+    parameter: Tensor
+    group: Mapping[str, Any]
+    name: str
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Stacks that are moved together, and the batches in which this rank multiplies those it owns.
+
+    Attributes:
+        stacks: One per item of the exchange.
+        exchange: Their way to the owners and back.
+        batches: Numbers into ``stacks``.
+        device: Where they are multiplied.
+    """
+
+    stacks: list[Stack]
+    exchange: Exchange
+    batches: list[list[int]]
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Team:
+    """Ranks that hold the same parameters together.
+
+    Attributes:
+        group: Their process group.
+        device: Where their messages are kept.
+        members: Numbers of their parameters.
+        rounds: Buckets that travel, in order.
+        asks: Whether the first round carries who has a gradient: where shards differ, so may gradients.
+    """
+
+    group: dist.ProcessGroup
+    device: torch.device
+    members: list[int]
+    rounds: list[Bucket]
+    asks: bool
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """All a step needs to know besides numbers.
+
+    Attributes:
+        signature: Changes when the plan must be made anew.
+        members: The parameters; holding them keeps the identities in ``signature`` unique.
+        teams: Of more than one rank, in the order of their first parameter.
+        local: Buckets without messages.
+        groups: Process groups made so far, by ranks.
+    """
+
+    signature: Hashable
+    members: Sequence[Member]
+    teams: list[Team]
+    local: list[Bucket]
+    groups: dict[tuple[int, ...], dist.ProcessGroup | None]
+
+
+def ns_dtype(member: Member) -> torch.dtype:
+    """Return the dtype of the products: the group's, or what the device multiplies fast."""
+    name = member.group["ns_dtype"]
+    return fast_matmul_dtype(compute_device(member.parameter)) if name is None else NS_DTYPES[name]
+
+
+def sign(members: Iterable[Member], options: Mapping[str, Any]) -> Hashable:
+    """Return what a plan depends on, cheap enough for every step: identities and batch options."""
+    rows: list[Hashable] = []
+    for parameter, group, _ in members:
+        if group["algorithm"] == "normuon":
+            rows.append((id(parameter), group["layout"], group["ns_dtype"], _batch_options(group)))
+        else:
+            rows.append((id(parameter),))
+    return (*rows, options["bucket_bytes"], options["replicas"], id(options["process_group"]))
+
+
+def plan_step(members: Sequence[Member], options: Mapping[str, Any], previous: StepPlan | None) -> StepPlan:
+    """Plan the steps of ``members``.
+
+    Args:
+        members: Every trainable parameter, in the order of the groups.
+        options: ``bucket_bytes``, ``replicas`` and ``process_group`` of the optimizer.
+        previous: The plan before this one, whose process groups are used again.
+
+    Raises:
+        ValueError: If a placement cannot be planned, a shard is not where its placements say, or the ranks plan
+            different steps; on every rank of the team, naming the parameter.
+    """
+    groups = dict(previous.groups) if previous is not None else {}
+    blocks = [_locate(member, options) for member in members]
+    numbers_by_ranks: dict[tuple[int, ...], list[int]] = {}
+    for number, (where, _) in enumerate(blocks):
+        numbers_by_ranks.setdefault(where.ranks, []).append(number)
+    plan = StepPlan(sign(members, options), members, [], [], groups)
+    for ranks, numbers in numbers_by_ranks.items():
+        device = compute_device(members[numbers[0]].parameter)
+        if ranks not in groups:
+            groups[ranks] = _group(ranks, options["process_group"])
+        group = groups[ranks]
+        if group is not None:
+            header = f"bucket_bytes={options['bucket_bytes']}, replicas={options['replicas']!r}"
+            check_equal([header, *(_facts(members[n], blocks[n][0]) for n in numbers)], group, device)
+        _plan_team(plan, ranks, group, device, numbers, blocks, options["bucket_bytes"])
+    return plan
+
+
+def _plan_team(
+    plan: StepPlan,
+    ranks: tuple[int, ...],
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+    numbers: list[int],
+    blocks: Sequence[tuple[Blocks, Blocks]],
+    bucket_bytes: int,
+) -> None:
+    """Add the buckets of the parameters that lie on ``ranks``."""
+    place = ranks.index(_my_rank())
+    stacks = [
+        stack
+        for number in numbers
+        if plan.members[number].group["algorithm"] == "normuon"
+        for stack in _divide(number, plan.members[number], blocks[number], bucket_bytes)
+    ]
+    owners = choose_owners(stacks, len(ranks))
+    here = [number for number, stack in enumerate(stacks) if owners[number] == place and is_local(stack, place)]
+    for batch in plan_batches(stacks, here, bucket_bytes):
+        plan.local.append(_bucket(stacks, owners, batch, place, None, bucket_bytes))
+    if group is None:
+        return
+    # What every rank holds whole has, by its placement, the same gradient everywhere.
+    asks = any(not blocks[number][0].is_replicated for number in numbers)
+    rounds = [
+        _bucket(
+            stacks,
+            owners,
+            chosen.stacks,
+            place,
+            group,
+            bucket_bytes,
+            parts=chosen.parts,
+            note_bytes=len(numbers) if asks and first == 0 else 0,
+        )
+        for first, chosen in enumerate(plan_rounds(stacks, owners, len(ranks), bucket_bytes))
+    ]
+    plan.teams.append(Team(group, device, numbers, rounds, asks and bool(rounds)))
+
+
+def _bucket(
+    stacks: Sequence[Stack],
+    owners: Sequence[int],
+    chosen: Sequence[int],
+    place: int,
+    group: dist.ProcessGroup | None,
+    bucket_bytes: int,
+    **exchange_options: int,
+) -> Bucket:
+    """Return the bucket of the stacks called ``chosen``."""
+    items = []
+    for number in chosen:
+        stack = stacks[number]
+        dtypes = (stack.dtype, torch.float32)
+        fields = tuple(Field(*field) for field in zip(stack.blocks, stack.boxes, dtypes, strict=True))
+        items.append(Item(owners[number], fields))
+    own = [index for index, item in enumerate(items) if item.owner == place]
+    members = [stacks[number] for number in chosen]
+    return Bucket(
+        members,
+        Exchange(items, place, group, **exchange_options),
+        plan_batches(members, own, bucket_bytes),
+        members[0].device,
+    )
+
+
+def _divide(number: int, member: Member, blocks: tuple[Blocks, Blocks], bucket_bytes: int) -> list[Stack]:
+    return divide(
+        number,
+        parse_layout(member.group["layout"]),
+        tuple(member.parameter.shape),
+        blocks,
+        dtype=ns_dtype(member),
+        device=compute_device(member.parameter),
+        ns_steps=member.group["ns_steps"],
+        options=_batch_options(member.group),
+        bucket_bytes=bucket_bytes,
+    )
+
+
+def _locate(member: Member, options: Mapping[str, Any]) -> tuple[Blocks, Blocks]:
+    """Return where a parameter lies and where its neuron state does, on the ranks that share its work."""
+    parameter, group, name = member
+    shape = tuple(parameter.shape)
+    is_matrix = group["algorithm"] == "normuon"
+    neuron_shape = parse_layout(group["layout"]).neuron_state_shape(shape) if is_matrix else shape
+    process_group = options["process_group"]
+    try:
+        blocks, neurons = locate(parameter), locate(parameter, neuron_shape)
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {error}; redistribute it first.") from None
+    if process_group is not None and is_matrix and blocks.ranks == (_my_rank(),):
+        ranks = tuple(dist.get_process_group_ranks(process_group))
+        blocks, neurons = replicate(shape, ranks), replicate(neuron_shape, ranks)
+    if options["replicas"] == "redundant":
+        replica = blocks.replicas[blocks.ranks.index(_my_rank())]
+        ranks = tuple(rank for rank, other in zip(blocks.ranks, blocks.replicas, strict=True) if other == replica)
+        blocks, neurons = blocks.restrict(ranks), neurons.restrict(ranks)
+    return blocks, neurons
+
+
+def _facts(member: Member, blocks: Blocks) -> str:
+    """Return a line that every rank must agree on: what is planned from, and whether the shard is as expected."""
+    parameter, group, name = member
+    words = f"{name!r}: {group['algorithm']} {describe(parameter)}"
+    if group["algorithm"] == "normuon":
+        words += f" {group['layout']!r} {ns_dtype(member)} {_batch_options(group)}"
+    box = blocks.boxes[blocks.ranks.index(_my_rank())]
+    expected = tuple(sum(stop - start for start, stop in intervals) for intervals in box)
+    with torch.no_grad():
+        found = tuple(local(parameter).shape)
+    if found != expected:
+        words += f", but a local shard {found} where its placements mean {expected}"
+    return words
+
+
+def _batch_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    # A list that came back from a checkpoint is the tuple it was.
+    return tuple(tuple(value) if isinstance(value, list) else value for value in map(group.__getitem__, BATCH_OPTIONS))
+
+
+def _group(ranks: tuple[int, ...], process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    if process_group is not None and len(ranks) > 1 and ranks == tuple(dist.get_process_group_ranks(process_group)):
+        return process_group
+    return create_group(ranks)
+
+
+def _my_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0

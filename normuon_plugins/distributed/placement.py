@@ -1,0 +1,180 @@
+"""Where each block of a tensor lies on a device mesh. The only file that reads DTensor's placements.
+
+Private names of torch 2.13 used here: ``_StridedShard`` (FSDP2 over tensor parallel, and fused weights under tensor
+parallel); nothing public stands for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from normuon_plugins.distributed.boxes import Box, chunk, join, length, whole
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """The block of a tensor that every rank holds.
+
+    Attributes:
+        ranks: Global ranks, ascending; everything else is indexed by place in this tuple.
+        boxes: The global indices that each rank holds.
+        replicas: Ranks of equal number hold the tensor once, together.
+    """
+
+    ranks: tuple[int, ...]
+    boxes: tuple[Box, ...]
+    replicas: tuple[int, ...]
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether every rank holds the whole tensor."""
+        return len(set(self.replicas)) == len(self.ranks)
+
+    def restrict(self, ranks: tuple[int, ...]) -> Blocks:
+        """Return the same blocks as seen by some of the ranks."""
+        places = [self.ranks.index(rank) for rank in ranks]
+        return Blocks(ranks, tuple(self.boxes[place] for place in places), tuple(self.replicas[p] for p in places))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's block of a DTensor, or a plain tensor as it is. Call it under ``torch.no_grad``."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def compute_device(tensor: Tensor) -> torch.device:
+    """Return where a tensor is computed with: the mesh's device for blocks that are offloaded to the CPU."""
+    if isinstance(tensor, DTensor) and tensor.device_mesh.device_type != tensor.device.type:
+        return torch.device(tensor.device_mesh.device_type)
+    return tensor.device
+
+
+def describe(tensor: Tensor) -> str:
+    """Return shape, dtype, placements and mesh in words that are equal on every rank where these are."""
+    words = f"{tuple(tensor.shape)} {tensor.dtype}"
+    if isinstance(tensor, DTensor):
+        words += f" {list(tensor.placements)} on mesh {tensor.device_mesh.mesh.tolist()}"
+    return words
+
+
+def is_like(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors agree in shape, dtype, device and, where sharded, in mesh and placements."""
+    if (first.shape, first.dtype, first.device) != (second.shape, second.dtype, second.device):
+        return False
+    if isinstance(first, DTensor) and isinstance(second, DTensor):
+        return first.placements == second.placements and first.device_mesh == second.device_mesh
+    return isinstance(first, DTensor) == isinstance(second, DTensor)
+
+
+def locate(tensor: Tensor, shape: Sequence[int] | None = None) -> Blocks:
+    """Return the blocks of a tensor on its mesh; a plain tensor lies whole on this rank.
+
+    Args:
+        tensor: A DTensor or a plain tensor.
+        shape: Of a companion of ``tensor`` that ``zeros`` made; None is ``tensor`` itself.
+
+    Raises:
+        ValueError: If a placement is neither a shard nor a replica.
+    """
+    shape = tuple(tensor.shape) if shape is None else tuple(shape)
+    if not isinstance(tensor, DTensor):
+        return replicate(shape, (dist.get_rank() if dist.is_initialized() else 0,))
+    mesh = tensor.device_mesh
+    return locate_on_mesh(
+        shape, _companion_placements(tensor, shape), tuple(mesh.shape), tuple(mesh.mesh.flatten().tolist())
+    )
+
+
+@lru_cache(maxsize=1024)
+def replicate(shape: tuple[int, ...], ranks: tuple[int, ...]) -> Blocks:
+    """Return the blocks of a tensor that every one of ``ranks`` holds whole."""
+    return Blocks(tuple(sorted(ranks)), (whole(shape),) * len(ranks), tuple(range(len(ranks))))
+
+
+@lru_cache(maxsize=1024)
+def locate_on_mesh(
+    shape: tuple[int, ...], placements: tuple[Placement, ...], mesh_shape: tuple[int, ...], ranks: tuple[int, ...]
+) -> Blocks:
+    """Return the blocks of a tensor of ``shape``; needs no process.
+
+    Mesh dimensions are applied from left to right, each to what the ones before have left, as DTensor does.
+
+    Args:
+        shape: Global shape.
+        placements: One per mesh dimension.
+        mesh_shape: Size of each mesh dimension.
+        ranks: Global ranks of the mesh in row-major order.
+
+    Raises:
+        ValueError: If a placement is neither a shard nor a replica.
+    """
+    found = []
+    for rank, coordinate in zip(ranks, product(*map(range, mesh_shape)), strict=True):
+        box = list(whole(shape))
+        replica = 0
+        for placement, parts, index in zip(placements, mesh_shape, coordinate, strict=True):
+            if isinstance(placement, Replicate):
+                replica = replica * parts + index
+            elif isinstance(placement, _StridedShard):
+                # A virtual first split into split_factor chunks, each of which is then dealt to the mesh dimension.
+                factor = int(placement.split_factor)
+                split = [chunk(box[placement.dim], factor, first) for first in range(factor)]
+                box[placement.dim] = join([chunk(part, parts, index) for part in split])
+            elif isinstance(placement, Shard):
+                box[placement.dim] = chunk(box[placement.dim], parts, index)
+            else:
+                raise ValueError(f"placement {placement} is neither a shard nor a replica")
+        found.append((rank, tuple(box), replica))
+    ordered_ranks, boxes, replicas = zip(*sorted(found), strict=True)
+    return Blocks(ordered_ranks, boxes, replicas)
+
+
+def zeros(parameter: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return zeros of ``shape`` that lie where ``parameter`` lies: a DTensor for a DTensor.
+
+    Args:
+        parameter: What the zeros accompany.
+        shape: Global. A dimension of another size than the parameter's is replicated.
+        dtype: Of the zeros.
+    """
+    if not isinstance(parameter, DTensor):
+        return torch.zeros(tuple(shape), dtype=dtype, device=parameter.device)
+    blocks = locate(parameter, shape)
+    box = blocks.boxes[blocks.ranks.index(dist.get_rank())]
+    return DTensor.from_local(
+        torch.zeros([length(intervals) for intervals in box], dtype=dtype, device=local(parameter).device),
+        parameter.device_mesh,
+        _companion_placements(parameter, tuple(shape)),
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=torch.empty(tuple(shape), device="meta").stride(),
+    )
+
+
+def gradient_block(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Return this rank's block of a gradient, placed like the parameter.
+
+    A gradient may come out of autograd with other placements than its parameter (a sum still to be taken); making them
+    equal is a collective.
+    """
+    if isinstance(parameter, DTensor) and isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
+        gradient = gradient.redistribute(parameter.device_mesh, parameter.placements)
+    return local(gradient)
+
+
+def _companion_placements(tensor: DTensor, shape: tuple[int, ...]) -> tuple[Placement, ...]:
+    """Return the placements of ``tensor`` for a companion of ``shape``: replicated where the sizes differ."""
+    return tuple(
+        Replicate()
+        if isinstance(placement, (Shard, _StridedShard)) and shape[placement.dim] != tensor.shape[placement.dim]
+        else placement
+        for placement in tensor.placements
+    )
