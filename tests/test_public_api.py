@@ -35,6 +35,8 @@ def test_our_options():
         "nonfinite",
         "bucket_bytes",
         "orthogonalize_fn",
+        "replicas",
+        "process_group",
     ]
 
 
