@@ -16,7 +16,15 @@ FRAMEWORKS = {"lightning", "pytorch_lightning", "accelerate", "transformers", "p
 REGEX_USERS = {"layout.py", "plan_table.py", "parameter_plan.py"}  # re.compile, not torch.compile
 PURE = ("orthogonalize", "update_rules", "layout")
 # The mathematics and the movement of tensors know nothing of each other; these bring them together.
-MEETING_POINTS = {"stacks.py", "step_plan.py", "matrix_step.py", "step.py", "optimizer_state.py", "exchange_report.py"}
+MEETING_POINTS = {
+    "stacks.py",
+    "team_plan.py",
+    "step_plan.py",
+    "matrix_step.py",
+    "step.py",
+    "optimizer_state.py",
+    "exchange_report.py",
+}
 
 
 def imports(path):

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from normuon_plugins.core.stacks import Stack
 
+# 128 MiB holds the matrices of one shape of a 124M model, and one 4096 x 14336 matrix of Llama-3-8B, in bfloat16.
+DEFAULT_BUCKET_BYTES = 128 * 2**20
 # A rank keeps the matrices that it holds whole until they are this many times an even share of all work: their exchange
 # would cost more than the imbalance.
 LOCAL_SHARE = 2
@@ -66,8 +68,8 @@ def is_local(stack: Stack, owner: int) -> bool:
 def plan_rounds(stacks: Sequence[Stack], owners: Sequence[int], ranks: int, bucket_bytes: int) -> list[Round]:
     """Divide the stacks that travel into rounds, the largest first.
 
-    In one round no rank owns more than ``bucket_bytes`` and none sends more than that to owners, unless a single stack
-    is larger. Owners are filled in turns, so that all of them work in every round.
+    In one round no rank owns more than ``bucket_bytes`` and none sends more than that to owners; the largest stack of
+    the round takes its place where that is larger. Owners are filled in turns, so that all of them work in every round.
     """
     queues: list[deque[int]] = [deque() for _ in range(ranks)]
     for number in sorted(range(len(stacks)), key=lambda number: -stacks[number].multiplications):
@@ -76,23 +78,24 @@ def plan_rounds(stacks: Sequence[Stack], owners: Sequence[int], ranks: int, buck
     rounds = []
     while any(queues):
         chosen: list[int] = []
+        bound = max(bucket_bytes, *(stacks[queue[0]].nbytes for queue in queues if queue))
         owned, sent = [0] * ranks, [0] * ranks
         open_queues = [queue for queue in queues if queue]
         while open_queues:
             for queue in list(open_queues):
                 stack, owner = stacks[queue[0]], owners[queue[0]]
                 leaving = _sent(stack, owner)
-                fits = owned[owner] + stack.nbytes <= bucket_bytes and all(
-                    total + more <= bucket_bytes for total, more in zip(sent, leaving, strict=True) if more
+                fits = owned[owner] + stack.nbytes <= bound and all(
+                    total + more <= bound for total, more in zip(sent, leaving, strict=True) if more
                 )
-                if fits or not chosen:
+                if fits:
                     owned[owner] += stack.nbytes
                     sent = [total + more for total, more in zip(sent, leaving, strict=True)]
                     chosen.append(queue.popleft())
                 if not queue or not fits:
                     open_queues.remove(queue)
-        replicas = max(max(stacks[number].blocks[0].replicas) + 1 for number in chosen)
-        shifts_per_part = max(1, bucket_bytes // max(*owned, *sent))
+        replicas = max(stacks[number].blocks[0].replica_count for number in chosen)
+        shifts_per_part = bound // max(*owned, *sent)
         rounds.append(Round(tuple(sorted(chosen)), -(-replicas // shifts_per_part)))
     return rounds
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from normuon_plugins.core.layout import Layout
 from normuon_plugins.core.orthogonalize import orthogonalize
 from normuon_plugins.core.stacks import Stack
-from normuon_plugins.core.step_plan import Bucket, Team
+from normuon_plugins.core.step_plan import Team
+from normuon_plugins.core.team_plan import Bucket
 from normuon_plugins.core.update_rules import nesterov_update, normuon_direction, update_momentum
 from normuon_plugins.distributed.exchange import Cut, Pending
 

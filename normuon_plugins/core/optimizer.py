@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer
 
+from normuon_plugins.core.buckets import DEFAULT_BUCKET_BYTES
 from normuon_plugins.core.group_options import (
     GROUP_KEYS,
     check_group,
@@ -21,9 +22,6 @@ from normuon_plugins.core.group_options import (
 from normuon_plugins.core.optimizer_state import check_loadable, check_state, create_state, restore_float32
 from normuon_plugins.core.step import find_nonfinite, local_gradients, take_step
 from normuon_plugins.core.step_plan import Member, StepPlan, plan_step, sign
-
-# 128 MiB holds the matrices of one shape of a 124M model, and one 4096 x 14336 matrix of Llama-3-8B, in bfloat16.
-DEFAULT_BUCKET_BYTES = 128 * 2**20
 
 
 class NorMuon(Optimizer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -113,6 +114,7 @@ def divide(
     return stacks
 
 
+@lru_cache(maxsize=1024)  # the layers of a model ask for the same few
 def _held(blocks: tuple[Blocks, Blocks], boxes: tuple[Box, Box], dtype: torch.dtype) -> tuple[int, ...]:
     """Return the bytes of a stack that each rank holds."""
     itemsizes = (dtype.itemsize, torch.float32.itemsize)

@@ -14,13 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from normuon_plugins.core.buckets import choose_owners, is_local, plan_batches, plan_rounds
 from normuon_plugins.core.group_options import NS_DTYPES
 from normuon_plugins.core.layout import parse_layout
 from normuon_plugins.core.orthogonalize import fast_matmul_dtype
 from normuon_plugins.core.stacks import Stack, divide
+from normuon_plugins.core.team_plan import Bucket, plan_buckets
 from normuon_plugins.distributed.agreement import check_equal, create_group
-from normuon_plugins.distributed.exchange import Exchange, Field, Item
 from normuon_plugins.distributed.placement import Blocks, compute_device, describe, local, locate, replicate
 
 # Options that must agree for the matrices of two groups to share a batch.
@@ -33,23 +32,6 @@ class Member(NamedTuple):
     parameter: Tensor
     group: Mapping[str, Any]
     name: str
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Stacks that are moved together, and the batches in which this rank multiplies those it owns.
-
-    Attributes:
-        stacks: One per item of the exchange.
-        exchange: Their way to the owners and back.
-        batches: Numbers into ``stacks``.
-        device: Where they are multiplied.
-    """
-
-    stacks: list[Stack]
-    exchange: Exchange
-    batches: list[list[int]]
-    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -147,61 +129,20 @@ def _plan_team(
     bucket_bytes: int,
 ) -> None:
     """Add the buckets of the parameters that lie on ``ranks``."""
-    place = ranks.index(_my_rank())
     stacks = [
         stack
         for number in numbers
         if plan.members[number].group["algorithm"] == "normuon"
         for stack in _divide(number, plan.members[number], blocks[number], bucket_bytes)
     ]
-    owners = choose_owners(stacks, len(ranks))
-    here = [number for number, stack in enumerate(stacks) if owners[number] == place and is_local(stack, place)]
-    for batch in plan_batches(stacks, here, bucket_bytes):
-        plan.local.append(_bucket(stacks, owners, batch, place, None, bucket_bytes))
-    if group is None:
-        return
     # What every rank holds whole has, by its placement, the same gradient everywhere.
     asks = any(not blocks[number][0].is_replicated for number in numbers)
-    rounds = [
-        _bucket(
-            stacks,
-            owners,
-            chosen.stacks,
-            place,
-            group,
-            bucket_bytes,
-            parts=chosen.parts,
-            note_bytes=len(numbers) if asks and first == 0 else 0,
-        )
-        for first, chosen in enumerate(plan_rounds(stacks, owners, len(ranks), bucket_bytes))
-    ]
-    plan.teams.append(Team(group, device, numbers, rounds, asks and bool(rounds)))
-
-
-def _bucket(
-    stacks: Sequence[Stack],
-    owners: Sequence[int],
-    chosen: Sequence[int],
-    place: int,
-    group: dist.ProcessGroup | None,
-    bucket_bytes: int,
-    **exchange_options: int,
-) -> Bucket:
-    """Return the bucket of the stacks called ``chosen``."""
-    items = []
-    for number in chosen:
-        stack = stacks[number]
-        dtypes = (stack.dtype, torch.float32)
-        fields = tuple(Field(*field) for field in zip(stack.blocks, stack.boxes, dtypes, strict=True))
-        items.append(Item(owners[number], fields))
-    own = [index for index, item in enumerate(items) if item.owner == place]
-    members = [stacks[number] for number in chosen]
-    return Bucket(
-        members,
-        Exchange(items, place, group, **exchange_options),
-        plan_batches(members, own, bucket_bytes),
-        members[0].device,
+    buckets = plan_buckets(
+        stacks, len(ranks), ranks.index(_my_rank()), group, bucket_bytes, note_bytes=len(numbers) if asks else 0
     )
+    plan.local.extend(buckets.local)
+    if group is not None:
+        plan.teams.append(Team(group, device, numbers, buckets.rounds, asks and bool(buckets.rounds)))
 
 
 def _divide(number: int, member: Member, blocks: tuple[Blocks, Blocks], bucket_bytes: int) -> list[Stack]:

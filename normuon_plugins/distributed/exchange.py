@@ -60,8 +60,8 @@ class Item:
 
     def shift(self, place: int) -> int:
         """Return how many replicas ``place`` stands behind the owner's."""
-        replicas = self.fields[0].blocks.replicas
-        return (replicas[place] - replicas[self.owner]) % (max(replicas) + 1)
+        blocks = self.fields[0].blocks
+        return (blocks.replicas[place] - blocks.replicas[self.owner]) % blocks.replica_count
 
     def sources(self, field: Field) -> Iterator[int]:
         """Yield the places that send ``field`` to the owner: its own replica, which holds everything once."""
@@ -127,7 +127,7 @@ class Exchange:
         self._own: list[_Route] = []
         gathered = any(not item.is_whole_at(item.owner) for item in items)
         self._out = _Message(group, ranks, note_bytes=note_bytes, idle=not (gathered or note_bytes))
-        replicas = max(item.shift(place) for item in items for place in range(ranks)) + 1
+        replicas = max(item.fields[0].blocks.replica_count for item in items)
         self.parts = min(parts, replicas)
         shifts_per_part = -(-replicas // self.parts)
         self._back = [

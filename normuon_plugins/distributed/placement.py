@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import product
 
 import torch
@@ -34,15 +34,24 @@ class Blocks:
     boxes: tuple[Box, ...]
     replicas: tuple[int, ...]
 
+    @cached_property
+    def replica_count(self) -> int:
+        """How many times the tensor is held."""
+        return max(self.replicas) + 1
+
     @property
     def is_replicated(self) -> bool:
         """Whether every rank holds the whole tensor."""
-        return len(set(self.replicas)) == len(self.ranks)
+        return self.replica_count == len(self.ranks)
 
     def restrict(self, ranks: tuple[int, ...]) -> Blocks:
         """Return the same blocks as seen by some of the ranks."""
         places = [self.ranks.index(rank) for rank in ranks]
-        return Blocks(ranks, tuple(self.boxes[place] for place in places), tuple(self.replicas[p] for p in places))
+        replicas = [self.replicas[place] for place in places]
+        numbers = {replica: number for number, replica in enumerate(sorted(set(replicas)))}
+        return Blocks(
+            ranks, tuple(self.boxes[place] for place in places), tuple(numbers[replica] for replica in replicas)
+        )
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -56,16 +56,17 @@ def test_every_stack_is_planned_once_within_the_bound(shapes, sharding, bucket_b
     here = [number for number, stack in enumerate(stacks) if is_local(stack, owners[number])]
     assert sorted(travelling + here) == list(range(len(stacks)))
     for chosen in rounds:
+        bound = max(bucket_bytes, *(stacks[number].nbytes for number in chosen.stacks))
         for rank in range(ranks):
-            owned = [stacks[number].nbytes for number in chosen.stacks if owners[number] == rank]
-            assert len(owned) == 1 or sum(owned) <= bucket_bytes
             replica = stacks[0].blocks[0].replicas[rank]
+            own = [number for number in chosen.stacks if owners[number] == rank]
             sent = [
-                stacks[number].held[rank]
+                number
                 for number in chosen.stacks
                 if owners[number] != rank and stacks[0].blocks[0].replicas[owners[number]] == replica
             ]
-            assert sum(map(bool, sent)) == 1 or sum(sent) <= bucket_bytes
+            assert sum(stacks[number].nbytes for number in own) <= bound
+            assert sum(stacks[number].held[rank] for number in sent) <= bound
 
 
 @given(shapes=SHAPES, bucket_bytes=st.integers(1, 4000))
@@ -113,3 +114,10 @@ def test_a_round_of_replicas_comes_back_in_parts_that_keep_the_bound():
     stacks, ranks = stacks_of([(32, 32)] * 8, (8,), (Replicate(),), stacks_bytes := 32 * 32 * 2 + 32 * 4)
     rounds = plan_rounds(stacks, choose_owners(stacks, ranks), ranks, stacks_bytes)
     assert [(len(chosen.stacks), chosen.parts) for chosen in rounds] == [(8, 8)]
+
+
+def test_matrices_above_the_bound_are_still_multiplied_by_all_ranks_at_once():
+    stacks, ranks = stacks_of([(32, 32)] * 8, (4,), (Shard(0),), bucket_bytes=10)
+    owners = choose_owners(stacks, ranks)
+    rounds = plan_rounds(stacks, owners, ranks, 10)
+    assert [sorted(owners[number] for number in chosen.stacks) for chosen in rounds] == [[0, 1, 2, 3]] * 2

@@ -1,0 +1,109 @@
+"""Buckets of one rank: its share of the work that ranks divide among them, with the messages that belong to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from normuon_plugins.core.buckets import choose_owners, is_local, plan_batches, plan_rounds
+from normuon_plugins.core.stacks import Stack
+from normuon_plugins.distributed.exchange import Exchange, Field, Item
+
+
+class Bucket(NamedTuple):
+    """Stacks that are moved together, and the batches in which this rank multiplies those it owns.
+
+    Attributes:
+        stacks: One per item of the exchange.
+        exchange: Their way to the owners and back.
+        batches: Numbers into ``stacks``.
+        device: Where they are multiplied.
+    """
+
+    stacks: list[Stack]
+    exchange: Exchange
+    batches: list[list[int]]
+    device: torch.device
+
+
+class Buckets(NamedTuple):
+    """What one rank does in a step.
+
+    Attributes:
+        owners: Of every stack, by place among the ranks.
+        local: Buckets of stacks that lie whole on this rank: no message.
+        rounds: Buckets that travel, in order; the same stacks on every rank.
+    """
+
+    owners: list[int]
+    local: list[Bucket]
+    rounds: list[Bucket]
+
+
+def plan_buckets(
+    stacks: Sequence[Stack],
+    ranks: int,
+    place: int,
+    group: dist.ProcessGroup | None,
+    bucket_bytes: int,
+    *,
+    note_bytes: int,
+) -> Buckets:
+    """Divide ``stacks`` among ``ranks`` and return the buckets of the rank at ``place``.
+
+    Args:
+        stacks: The same on every rank, in the same order.
+        ranks: Number of ranks.
+        place: This rank's place among them.
+        group: Their process group; None for one rank, or to plan without processes.
+        bucket_bytes: Bound of a bucket.
+        note_bytes: Size of the note that travels with the first round.
+    """
+    owners = choose_owners(stacks, ranks)
+    here = [number for number, stack in enumerate(stacks) if owners[number] == place and is_local(stack, place)]
+    local = [
+        _bucket(stacks, owners, batch, place, None, bucket_bytes, parts=1, note_bytes=0)
+        for batch in plan_batches(stacks, here, bucket_bytes)
+    ]
+    rounds = [
+        _bucket(
+            stacks,
+            owners,
+            chosen.stacks,
+            place,
+            group,
+            bucket_bytes,
+            parts=chosen.parts,
+            note_bytes=0 if rounds_before else note_bytes,
+        )
+        for rounds_before, chosen in enumerate(plan_rounds(stacks, owners, ranks, bucket_bytes))
+    ]
+    return Buckets(owners, local, rounds)
+
+
+def _bucket(
+    stacks: Sequence[Stack],
+    owners: Sequence[int],
+    numbers: Sequence[int],
+    place: int,
+    group: dist.ProcessGroup | None,
+    bucket_bytes: int,
+    *,
+    parts: int,
+    note_bytes: int,
+) -> Bucket:
+    """Return the bucket of the stacks called ``numbers``."""
+    chosen = [stacks[number] for number in numbers]
+    items = [item_of(stack, owners[number]) for number, stack in zip(numbers, chosen, strict=True)]
+    own = [index for index, item in enumerate(items) if item.owner == place]
+    exchange = Exchange(items, place, group, parts=parts, note_bytes=note_bytes)
+    return Bucket(chosen, exchange, plan_batches(chosen, own, bucket_bytes), chosen[0].device)
+
+
+def item_of(stack: Stack, owner: int) -> Item:
+    """Return what travels of a stack: its matrices in the dtype of the products, its neuron state in float32."""
+    dtypes = (stack.dtype, torch.float32)
+    return Item(owner, tuple(Field(*field) for field in zip(stack.blocks, stack.boxes, dtypes, strict=True)))
