@@ -16,7 +16,14 @@ def names(function):
 
 
 def test_top_level_names():
-    assert sorted(normuon_plugins.__all__) == ["NorMuon", "ParameterPlan", "build_normuon", "plan_parameters"]
+    assert sorted(normuon_plugins.__all__) == [
+        "ExchangeReport",
+        "NorMuon",
+        "ParameterPlan",
+        "build_normuon",
+        "plan_exchange",
+        "plan_parameters",
+    ]
 
 
 def test_options_of_torch_muon_keep_their_names_and_order():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,8 +28,7 @@ class Stack:
         options: Whatever else must agree within a batch.
         boxes: Their global indices in the parameter, and in its neuron state.
         blocks: Where the parameter lies, and its neuron state.
-        nbytes: Bytes in the compute layout: matrices in the dtype of the products, neuron state in float32.
-        held: Of these bytes, how many each rank holds.
+        held: Bytes of them that each rank holds, in the dtype of the products, and of their neuron state.
         multiplications: Of orthogonalizing them.
     """
 
@@ -39,9 +39,13 @@ class Stack:
     options: Hashable
     boxes: tuple[Box, Box]
     blocks: tuple[Blocks, Blocks]
-    nbytes: int
     held: tuple[int, ...]
     multiplications: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrices in the compute layout; a bucket is bounded in these."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def key(self) -> Hashable:
@@ -56,7 +60,8 @@ class Stack:
     @property
     def whole_holders(self) -> list[int]:
         """Places of the ranks that hold all of it."""
-        return [place for place, held in enumerate(self.held) if held == self.nbytes]
+        whole = self.nbytes + numel(self.boxes[1]) * torch.float32.itemsize
+        return [place for place, held in enumerate(self.held) if held == whole]
 
 
 def divide(
@@ -106,7 +111,6 @@ def divide(
                     options,
                     boxes,
                     blocks,
-                    dtype.itemsize * numel(boxes[0]) + torch.float32.itemsize * numel(boxes[1]),
                     _held(blocks, boxes, dtype),
                     number * multiplications(rows, cols, ns_steps),
                 )

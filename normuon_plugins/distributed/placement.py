@@ -140,7 +140,7 @@ def locate_on_mesh(
             elif isinstance(placement, Shard):
                 box[placement.dim] = chunk(box[placement.dim], parts, index)
             else:
-                raise ValueError(f"placement {placement} is neither a shard nor a replica")
+                raise ValueError(f"placement {placement!r} is neither a shard nor a replica")
         found.append((rank, tuple(box), replica))
     ordered_ranks, boxes, replicas = zip(*sorted(found), strict=True)
     return Blocks(ordered_ranks, boxes, replicas)

@@ -1,0 +1,188 @@
+"""Ranks that see different things: missing gradients, NaN on one of them, different plans. Nothing hangs."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from normuon_plugins import NorMuon
+from tests.distributed import cases
+from tests.ranks import run_ranks
+
+# Matrices that travel, that lie whole on one rank, experts, and AdamW parameters.
+MISSING_ON_ONE = ("rows_divide", "one_row", "tall", "experts", "interleaved", "bias", "embedding")
+MISSING_ON_ALL = ("square_like_the_first", "transposed_experts", "fewer_rows_than_ranks", "scalar_gain")
+
+
+def step_with_gaps(model, optimizer, step, rank):
+    """Step with gradients of which some are missing everywhere, and some on ``rank`` only."""
+    for name, gradient in cases.tensors(1000 + step).items():
+        parameter = model[name]
+        parameter.grad = cases.place_like(gradient, parameter)
+        if name in MISSING_ON_ALL or (name in MISSING_ON_ONE and dist.get_rank() == rank):
+            parameter.grad = None
+    optimizer.step()
+
+
+def step_with_zeros(model, optimizer, step, sharded, rank):
+    """Step one process with zeros where ``rank`` had no gradient; ``sharded`` says what that rank held."""
+    for name, gradient in cases.tensors(1000 + step).items():
+        if name in MISSING_ON_ONE:
+            mine = cases.place_like(gradient, sharded[name])
+            if dist.get_rank() == rank:
+                mine.to_local().zero_()
+            gradient = mine.full_tensor()
+        model[name].grad = None if name in MISSING_ON_ALL else gradient
+    optimizer.step()
+
+
+def gaps(options):
+    """Return the largest difference from one process after a full step, a step with gaps, and a full step."""
+    line = init_device_mesh("cpu", (dist.get_world_size(),))
+    found = []
+    for dim in (0, 1):
+        for first in (0, 1):
+            sharded = cases.dtensors(line, lambda shape, dim=dim: [Shard(min(dim, len(shape) - 1))])()
+            single = cases.plain()
+            ours = cases.optimizer_of(sharded.named_parameters(), **options)
+            reference = cases.optimizer_of(single.named_parameters(), **options)
+            if first:
+                cases.steps(sharded, ours, 0, 1)
+                cases.steps(single, reference, 0, 1)
+            before = cases.whole_run(single, reference) if first else cases.tensors(0)
+            step_with_gaps(sharded, ours, 1, rank=1)
+            step_with_zeros(single, reference, 1, sharded, rank=1)
+            run = cases.whole_run(sharded, ours)
+            untouched = [name for name in before if name.split(".")[0] in MISSING_ON_ALL]
+            assert all(torch.equal(run[name], before[name]) for name in untouched)
+            assert all(not torch.equal(run[name], before[name]) for name in MISSING_ON_ONE)
+            cases.steps(sharded, ours, 2, 3)
+            cases.steps(single, reference, 2, 3)
+            run, expected = cases.whole_run(sharded, ours), cases.whole_run(single, reference)
+            found.append(max(float((run[name] - e).norm() / e.norm().clamp_min(1e-30)) for name, e in expected.items()))
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"bucket_bytes": 300, "nesterov": False}])
+def test_a_gradient_missing_on_one_rank_is_zero_there_and_on_all_ranks_leaves_alone(options):
+    for found in run_ranks(gaps, 3, options):
+        assert max(found) < 1e-6
+
+
+def outcome(function):
+    """Return the error's text, or None."""
+    try:
+        function()
+    except (ValueError, FloatingPointError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def two_layers():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 4, bias=False))
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    return model
+
+
+def disagree():
+    rank = dist.get_rank()
+    found = {}
+    model = two_layers()
+    before = [cases.gathered(parameter) for parameter in model.parameters()]
+    model[0].weight.requires_grad_(rank != 1)
+    found["frozen"] = outcome(NorMuon(model.named_parameters()).step)
+    model = two_layers()
+    found["bucket_bytes"] = outcome(NorMuon(model.named_parameters(), bucket_bytes=100 + rank).step)
+    model = two_layers()
+    pairs = list(model.named_parameters())
+    found["order"] = outcome(NorMuon(pairs if rank else pairs[::-1]).step)
+    model = two_layers()
+    groups = [{"params": list(model.named_parameters()), "layout": "o i" if rank else "i o"}]
+    found["layout"] = outcome(NorMuon(groups).step)
+    model = two_layers()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    local = torch.ones(3 if rank == 0 else 5, 6)
+    uneven = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=torch.Size((8, 6)), stride=(6, 1))
+    model[0].weight = nn.Parameter(uneven)
+    model[0].weight.grad = uneven.clone()
+    found["shard"] = outcome(NorMuon(model.named_parameters()).step)
+    partial = nn.Parameter(DTensor.from_local(torch.ones(4, 6), mesh, [Partial()], run_check=False))
+    partial.grad = partial.detach().clone()
+    found["partial"] = outcome(NorMuon([("w", partial)]).step)
+    model = two_layers()
+    optimizer = NorMuon(model.named_parameters())
+    optimizer.step()
+    moved = [not torch.equal(cases.gathered(p), start) for p, start in zip(model.parameters(), before, strict=True)]
+    return found, moved
+
+
+def test_ranks_that_plan_differently_are_told_the_first_difference_before_anything_moves():
+    results = run_ranks(disagree, 2)
+    for found, moved in results:
+        assert all(moved)
+        assert "rank 0 has '0.weight': normuon (8, 6)" in found["frozen"]
+        assert "rank 1 has '1.weight': normuon (4, 8)" in found["frozen"]
+        assert "rank 0 has bucket_bytes=100, replicas='share', rank 1 has bucket_bytes=101" in found["bucket_bytes"]
+        assert "rank 0 has '1.weight'" in found["order"]
+        assert "'i o'" in found["layout"]
+        assert "a local shard (3, 6) where its placements mean (4, 6)" in found["shard"]
+        assert "'w': placement Partial(sum) is neither a shard nor a replica" in found["partial"]
+    assert results[0][0] == results[1][0]
+
+
+def nonfinite():
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found = {}
+    for policy in ("skip", "raise"):
+        model = cases.fsdp(init_device_mesh("cpu", (world,)))()
+        optimizer = cases.optimizer_of(model.named_parameters(), nonfinite=policy)
+        cases.steps(model, optimizer, 0, 1)
+        before = cases.whole_run(model, optimizer)
+        for name, gradient in cases.tensors(1001).items():
+            model[name].grad = cases.place_like(gradient, model[name])
+        for name in ("rows_divide", "embedding", "one_row"):
+            local = model[name].grad.to_local()
+            if rank == 0:
+                local[0, 0] = float("nan")
+        error = outcome(optimizer.step)
+        after = cases.whole_run(model, optimizer)
+        changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+        found[policy] = error, sorted(set(cases.PARAMETERS) - changed), optimizer.skipped_steps
+    return found
+
+
+def test_nonfinite_gradients_on_one_rank_are_skipped_or_raised_on_all():
+    bad = ["embedding", "one_row", "rows_divide"]
+    for found in run_ranks(nonfinite, 3):
+        assert found["skip"] == (None, bad, 3)
+        error, unchanged, _ = found["raise"]
+        assert all(f"'{name}'" in error for name in bad)
+        assert unchanged == sorted(cases.PARAMETERS)
+
+
+def summed_gradient():
+    """Return the difference of a replicated parameter whose gradient is a sum still to be taken, from one process."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    start, gradient = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.arange(24.0).reshape(6, 4)
+    weight = nn.Parameter(DTensor.from_local(start.clone(), mesh, [Replicate()], run_check=False))
+    share = gradient * (0.25 if dist.get_rank() else 0.75)
+    weight.grad = DTensor.from_local(share, mesh, [Partial()], run_check=False)
+    single = nn.Parameter(start.clone())
+    single.grad = gradient
+    NorMuon([weight], lr=0.1).step()
+    NorMuon([single], lr=0.1).step()
+    assert isinstance(weight.grad, DTensor)
+    assert weight.grad.placements == (Partial(),)
+    return float((weight.to_local() - single).norm()), float((single - start).norm())
+
+
+def test_a_gradient_with_other_placements_than_its_parameter_is_brought_to_them():
+    for difference, moved in run_ranks(summed_gradient, 2):
+        assert difference < 1e-6
+        assert moved > 0.1
