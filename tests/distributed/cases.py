@@ -37,13 +37,13 @@ PARAMETERS = {
 }
 
 
-def tensors(seed):
-    """Return a tensor per parameter, with rows that span two decades of scale."""
+def tensors(seed, dtype=torch.float32):
+    """Return a tensor per parameter in order of name, with rows that span two decades of scale."""
     generator = torch.Generator().manual_seed(seed)
     drawn = {}
-    for name, (_, shape) in PARAMETERS.items():
+    for name, (_, shape) in sorted(PARAMETERS.items()):
         scales = torch.logspace(-1, 1, shape[0]).view(-1, *[1] * (len(shape) - 1))
-        drawn[name] = torch.randn(shape, generator=generator) * scales
+        drawn[name] = (torch.randn(shape, generator=generator) * scales).to(dtype)
     return drawn
 
 
@@ -70,13 +70,13 @@ def steps(model, optimizer, first, last):
     for step in range(first, last):
         gradients = tensors(1000 + step)
         for name, parameter in model.named_parameters():
-            parameter.grad = place_like(gradients[name.split(".")[-1]], parameter)
+            parameter.grad = place_like(gradients[name.split(".")[-1]].to(parameter.dtype), parameter)
         optimizer.step()
 
 
-def plain():
+def plain(dtype=torch.float32):
     """Return all parameters in one module."""
-    return nn.ParameterDict({name: nn.Parameter(tensor) for name, tensor in tensors(0).items()})
+    return nn.ParameterDict({name: nn.Parameter(tensor) for name, tensor in tensors(0, dtype).items()})
 
 
 def gathered(tensor):
@@ -94,36 +94,36 @@ def whole_run(model, optimizer):
     return found
 
 
-def dtensors(mesh, placements):
+def dtensors(mesh, placements, dtype=torch.float32):
     """Return a maker of a model of DTensors; ``placements`` is a function of the shape."""
 
     def make():
         return nn.ParameterDict(
             {
                 name: nn.Parameter(distribute_tensor(tensor, mesh, placements(tensor.shape), src_data_rank=None))
-                for name, tensor in tensors(0).items()
+                for name, tensor in tensors(0, dtype).items()
             }
         )
 
     return make
 
 
-def fsdp(mesh, **options):
+def fsdp(mesh, dtype=torch.float32, **options):
     """Return a maker of an FSDP2 model."""
 
     def make():
-        return fully_shard(plain(), mesh=mesh, **options)
+        return fully_shard(plain(dtype), mesh=mesh, **options)
 
     return make
 
 
-def tensor_parallel_fsdp(mesh, dim):
+def tensor_parallel_fsdp(mesh, dim, dtype=torch.float32):
     """Return a maker of an FSDP2 model over tensor parallel shards of dimension ``dim``, where it divides evenly."""
 
     def make():
         tp = mesh["tp"]
         model = nn.ParameterDict()
-        for name, tensor in tensors(0).items():
+        for name, tensor in tensors(0, dtype).items():
             divides = tensor.ndim > dim and tensor.shape[dim] % tp.size() == 0
             placement = Shard(dim) if divides else Replicate()
             model[name] = nn.Parameter(distribute_tensor(tensor, tp, [placement], src_data_rank=None))
@@ -132,12 +132,12 @@ def tensor_parallel_fsdp(mesh, dim):
     return make
 
 
-def expert_parallel(mesh, experts_mesh):
+def expert_parallel(mesh, experts_mesh, dtype=torch.float32):
     """Return a maker of a model whose experts lie on ``('efsdp', 'ep')`` and the rest on ``('fsdp',)``."""
 
     def make():
         model = nn.ModuleDict({"experts": nn.ParameterDict(), "rest": nn.ParameterDict()})
-        for name, tensor in tensors(0).items():
+        for name, tensor in tensors(0, dtype).items():
             if name in ("experts", "transposed_experts", "interleaved_experts"):
                 ep = experts_mesh["ep"]
                 model["experts"][name] = nn.Parameter(distribute_tensor(tensor, ep, [Shard(0)], src_data_rank=None))
@@ -161,28 +161,28 @@ def even_columns(parameter):
     return Shard(1) if parameter.ndim > 1 and parameter.shape[1] % world == 0 else Shard(0)
 
 
-def ways():
-    """Return the ways to lay the parameters out over the ranks of this world, by name."""
+def ways(dtype=torch.float32):
+    """Return the ways to lay the parameters out over the ranks of this world: makers of a model, by name."""
     world = dist.get_world_size()
     line = init_device_mesh("cpu", (world,), mesh_dim_names=("fsdp",))
     found = {
-        "fsdp": fsdp(line),
-        "fsdp columns": fsdp(line, shard_placement_fn=even_columns),
-        "fsdp offloaded": fsdp(line, offload_policy=CPUOffloadPolicy(pin_memory=False)),
-        "columns, uneven and empty": dtensors(line, sharded_dim(1)),
-        "last dimension": dtensors(line, sharded_dim(-1)),
-        "replicated": dtensors(line, lambda shape: [Replicate()]),
-        "packed tensor parallel": dtensors(line, lambda shape: [_StridedShard(0, split_factor=2)]),
+        "fsdp": fsdp(line, dtype),
+        "fsdp columns": fsdp(line, dtype, shard_placement_fn=even_columns),
+        "fsdp offloaded": fsdp(line, dtype, offload_policy=CPUOffloadPolicy(pin_memory=False)),
+        "columns, uneven and empty": dtensors(line, sharded_dim(1), dtype),
+        "last dimension": dtensors(line, sharded_dim(-1), dtype),
+        "replicated": dtensors(line, lambda shape: [Replicate()], dtype),
+        "packed tensor parallel": dtensors(line, lambda shape: [_StridedShard(0, split_factor=2)], dtype),
     }
     if world == 4:
         square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
         experts = init_device_mesh("cpu", (2, 2), mesh_dim_names=("efsdp", "ep"))
         found |= {
-            "hsdp": fsdp(square),
-            "rows then replicas": dtensors(square, lambda shape: [Shard(0), Replicate()]),
-            "rows and columns": dtensors(square, lambda shape: [Shard(0), *sharded_dim(1)(shape)]),
-            "fsdp over column-wise tp": tensor_parallel_fsdp(square, 0),
-            "fsdp over row-wise tp": tensor_parallel_fsdp(square, 1),
-            "expert parallel": expert_parallel(line, experts),
+            "hsdp": fsdp(square, dtype),
+            "rows then replicas": dtensors(square, lambda shape: [Shard(0), Replicate()], dtype),
+            "rows and columns": dtensors(square, lambda shape: [Shard(0), *sharded_dim(1)(shape)], dtype),
+            "fsdp over column-wise tp": tensor_parallel_fsdp(square, 0, dtype),
+            "fsdp over row-wise tp": tensor_parallel_fsdp(square, 1, dtype),
+            "expert parallel": expert_parallel(line, experts, dtype),
         }
     return found
