@@ -221,12 +221,12 @@ class NorMuon(Optimizer):
                 loss = closure()
         members = self._check_trainable()
         plan = self._plan_step(members)
-        gradients = local_gradients(plan)
-        skipped = self._find_nonfinite(plan, gradients)
+        gradients = local_gradients(members)
+        skipped = self._find_nonfinite(plan, members, gradients)
         for parameter, group, _ in members:
             if parameter not in self.state:
                 self.state[parameter] = create_state(parameter, group)
-        take_step(plan, gradients, self.state, skipped, self.defaults["orthogonalize_fn"])
+        take_step(plan, members, gradients, self.state, skipped, self.defaults["orthogonalize_fn"])
         return loss
 
     def _check_trainable(self) -> list[Member]:
@@ -249,14 +249,14 @@ class NorMuon(Optimizer):
             self._plan = plan_step(members, self.defaults, self._plan)
         return self._plan
 
-    def _find_nonfinite(self, plan: StepPlan, gradients: Mapping[int, Tensor]) -> set[int]:
+    def _find_nonfinite(self, plan: StepPlan, members: Sequence[Member], gradients: Mapping[int, Tensor]) -> set[int]:
         """Return the numbers of the parameters to leave out under ``nonfinite=``, the same on every rank."""
         policy = self.defaults["nonfinite"]
         if policy == "propagate":
             return set()
-        bad = find_nonfinite(plan, gradients)
+        bad = find_nonfinite(plan, len(members), gradients)
         if bad and policy == "raise":
-            names = [plan.members[number].name for number in bad]
+            names = [members[number].name for number in bad]
             raise FloatingPointError(f"gradient with NaN or infinity in {names}; nothing was changed.")
         self.skipped_steps += len(bad)
         return set(bad)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from itertools import groupby
 
 import torch
@@ -16,18 +16,18 @@ from normuon_plugins.distributed.agreement import any_rank
 from normuon_plugins.distributed.placement import gradient_block, local
 
 
-def local_gradients(plan: StepPlan) -> dict[int, Tensor]:
+def local_gradients(members: Sequence[Member]) -> dict[int, Tensor]:
     """Return this rank's block of every gradient that there is, by the parameter's number."""
     return {
         number: gradient_block(member.parameter.grad, member.parameter)
-        for number, member in enumerate(plan.members)
+        for number, member in enumerate(members)
         if member.parameter.grad is not None
     }
 
 
-def find_nonfinite(plan: StepPlan, gradients: Mapping[int, Tensor]) -> list[int]:
-    """Return the numbers of the parameters whose gradient has NaN or infinity on any rank that holds them."""
-    flags = torch.zeros(len(plan.members), dtype=torch.bool)
+def find_nonfinite(plan: StepPlan, members: int, gradients: Mapping[int, Tensor]) -> list[int]:
+    """Return which of ``members`` parameters have a gradient with NaN or infinity on any rank that holds them."""
+    flags = torch.zeros(members, dtype=torch.bool)
     checks = [torch.isfinite(gradient).all() for gradient in gradients.values()]
     if checks:
         # One read-back for all flags: asking each of them would stop a GPU once per parameter.
@@ -39,6 +39,7 @@ def find_nonfinite(plan: StepPlan, gradients: Mapping[int, Tensor]) -> list[int]
 
 def take_step(
     plan: StepPlan,
+    members: Sequence[Member],
     gradients: Mapping[int, Tensor],
     states: Mapping[Tensor, Mapping[str, Tensor]],
     skipped: Container[int],
@@ -51,12 +52,13 @@ def take_step(
 
     Args:
         plan: What to do.
+        members: The parameters that were planned, with their groups as they are now.
         gradients: See ``local_gradients``.
         states: Of every parameter of the plan.
         skipped: Numbers of parameters to leave alone, the same on every rank.
         orthogonalize_fn: Replaces Newton-Schulz; None uses the group's options.
     """
-    step = _Step(plan, gradients, states, orthogonalize_fn)
+    step = _Step(plan, members, gradients, states, orthogonalize_fn)
     present = {number for number in gradients if number not in skipped}
     step.advance_momenta(present)
     teams = [team for team in plan.teams if team.rounds]
@@ -79,19 +81,19 @@ class _Step:
     def __init__(
         self,
         plan: StepPlan,
+        members: Sequence[Member],
         gradients: Mapping[int, Tensor],
         states: Mapping[Tensor, Mapping[str, Tensor]],
         orthogonalize_fn: Orthogonalize | None,
     ) -> None:
         self._plan = plan
+        self._members = members
         self._gradients = gradients
-        self._states = [
-            {key: local(state) for key, state in states[member.parameter].items()} for member in plan.members
-        ]
+        self._states = [{key: local(state) for key, state in states[member.parameter].items()} for member in members]
         self._orthogonalize_fn = orthogonalize_fn
         self.stored = {
             number: _stored(member, self._states[number], gradients.get(number))
-            for number, member in enumerate(plan.members)
+            for number, member in enumerate(members)
             if member.group["algorithm"] == "normuon"
         }
 
@@ -105,16 +107,16 @@ class _Step:
         """Step those of some parameters that need no message; a missing gradient is zero."""
         others = [
             number
-            for number, member in enumerate(self._plan.members)
+            for number, member in enumerate(self._members)
             if number in numbers and member.group["algorithm"] == "adamw"
         ]
-        for _, same_group in groupby(others, key=lambda number: id(self._plan.members[number].group)):
+        for _, same_group in groupby(others, key=lambda number: id(self._members[number].group)):
             self._step_adamw(list(same_group))
         for bucket in self._plan.local:
             step_local(bucket, self.stored, numbers, self._orthogonalize_fn)
 
     def _step_adamw(self, numbers: list[int]) -> None:
-        parameters = [local(self._plan.members[number].parameter) for number in numbers]
+        parameters = [local(self._members[number].parameter) for number in numbers]
         step_adamw(
             parameters,
             [
@@ -122,7 +124,7 @@ class _Step:
                 for number, parameter in zip(numbers, parameters, strict=True)
             ],
             [self._states[number] for number in numbers],
-            self._plan.members[numbers[0]].group,
+            self._members[numbers[0]].group,
         )
 
 

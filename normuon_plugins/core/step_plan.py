@@ -59,14 +59,14 @@ class StepPlan:
 
     Attributes:
         signature: Changes when the plan must be made anew.
-        members: The parameters; holding them keeps the identities in ``signature`` unique.
+        parameters: Holding them keeps the identities in ``signature`` unique.
         teams: Of more than one rank, in the order of their first parameter.
         local: Buckets without messages.
         groups: Process groups made so far, by ranks.
     """
 
     signature: Hashable
-    members: Sequence[Member]
+    parameters: Sequence[Tensor]
     teams: list[Team]
     local: list[Bucket]
     groups: dict[tuple[int, ...], dist.ProcessGroup | None]
@@ -106,7 +106,7 @@ def plan_step(members: Sequence[Member], options: Mapping[str, Any], previous: S
     numbers_by_ranks: dict[tuple[int, ...], list[int]] = {}
     for number, (where, _) in enumerate(blocks):
         numbers_by_ranks.setdefault(where.ranks, []).append(number)
-    plan = StepPlan(sign(members, options), members, [], [], groups)
+    plan = StepPlan(sign(members, options), [member.parameter for member in members], [], [], groups)
     for ranks, numbers in numbers_by_ranks.items():
         device = compute_device(members[numbers[0]].parameter)
         if ranks not in groups:
@@ -115,12 +115,13 @@ def plan_step(members: Sequence[Member], options: Mapping[str, Any], previous: S
         if group is not None:
             header = f"bucket_bytes={options['bucket_bytes']}, replicas={options['replicas']!r}"
             check_equal([header, *(_facts(members[n], blocks[n][0]) for n in numbers)], group, device)
-        _plan_team(plan, ranks, group, device, numbers, blocks, options["bucket_bytes"])
+        _plan_team(plan, members, ranks, group, device, numbers, blocks, options["bucket_bytes"])
     return plan
 
 
 def _plan_team(
     plan: StepPlan,
+    members: Sequence[Member],
     ranks: tuple[int, ...],
     group: dist.ProcessGroup | None,
     device: torch.device,
@@ -132,8 +133,8 @@ def _plan_team(
     stacks = [
         stack
         for number in numbers
-        if plan.members[number].group["algorithm"] == "normuon"
-        for stack in _divide(number, plan.members[number], blocks[number], bucket_bytes)
+        if members[number].group["algorithm"] == "normuon"
+        for stack in _divide(number, members[number], blocks[number], bucket_bytes)
     ]
     # What every rank holds whole has, by its placement, the same gradient everywhere.
     asks = any(not blocks[number][0].is_replicated for number in numbers)

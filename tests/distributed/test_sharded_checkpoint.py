@@ -29,10 +29,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SAVED_AT, CONTINUED_TO = 3, 5
 
 
-def make(way, dtype):
+def make(way, dtype, **options):
     """Return a model laid out in one of the ways, and its optimizer."""
     model = cases.ways(DTYPES[dtype])[way]()
-    return model, cases.optimizer_of(model.named_parameters(), bucket_bytes=2000)
+    return model, cases.optimizer_of(model.named_parameters(), bucket_bytes=2000, **options)
 
 
 def save(folder):
@@ -60,7 +60,8 @@ def save(folder):
 
 def load(folder, name, dtype, way):
     """Load one format into a fresh model; return differences now and after going on, and the dtypes of the state."""
-    model, optimizer = make(way, dtype)
+    # The learning rate of the checkpoint holds, also for a plan that was made before it was loaded.
+    model, optimizer = make(way, dtype, lr=0.9)
     options = StateDictOptions(**FORMATS[name], broadcast_from_rank0=name == "full")
     target = folder / f"{name}-{dtype}"
     if name == "full":
