@@ -20,7 +20,7 @@ from normuon_plugins.core.orthogonalize import fast_matmul_dtype
 from normuon_plugins.core.stacks import Stack, divide
 from normuon_plugins.core.team_plan import Bucket, plan_buckets
 from normuon_plugins.distributed.agreement import check_equal, create_group
-from normuon_plugins.distributed.placement import Blocks, compute_device, describe, local, locate, replicate
+from normuon_plugins.distributed.placement import Blocks, compute_device, describe, is_sharded, local, locate, replicate
 
 # Options that must agree for the matrices of two groups to share a batch.
 BATCH_OPTIONS = ("ns_coefficients", "ns_steps", "eps", "adjust_lr_fn", "beta2", "normalize_neurons")
@@ -171,7 +171,7 @@ def _locate(member: Member, options: Mapping[str, Any]) -> tuple[Blocks, Blocks]
         blocks, neurons = locate(parameter), locate(parameter, neuron_shape)
     except ValueError as error:
         raise ValueError(f"{name!r}: {error}; redistribute it first.") from None
-    if process_group is not None and is_matrix and blocks.ranks == (_my_rank(),):
+    if process_group is not None and is_matrix and not is_sharded(parameter):
         ranks = tuple(dist.get_process_group_ranks(process_group))
         blocks, neurons = replicate(shape, ranks), replicate(neuron_shape, ranks)
     if options["replicas"] == "redundant":

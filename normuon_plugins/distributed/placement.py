@@ -54,6 +54,11 @@ class Blocks:
         )
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether a tensor lies on a mesh (a DTensor), be it in shards or in replicas."""
+    return isinstance(tensor, DTensor)
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's block of a DTensor, or a plain tensor as it is. Call it under ``torch.no_grad``."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

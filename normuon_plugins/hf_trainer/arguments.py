@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from normuon_plugins.core.build import OPTIMIZER_OPTIONS, PLAN_OPTIONS, build_normuon
 from normuon_plugins.core.optimizer import NorMuon
 
 # Options that a string of key=value pairs cannot express, or that a field of TrainingArguments already sets.
-NOT_IN_OPTIM_ARGS = {"lr", "weight_decay", "overrides", "orthogonalize_fn"}
+NOT_IN_OPTIM_ARGS = {"lr", "weight_decay", "overrides", "orthogonalize_fn", "process_group"}
 OPTIM_ARGS = tuple(sorted({*OPTIMIZER_OPTIONS, *PLAN_OPTIONS} - NOT_IN_OPTIM_ARGS))
 
 
@@ -22,7 +24,12 @@ class NorMuonFactory:
     """What the Trainer calls with the whole model, since NorMuon plans its own groups."""
 
     def __call__(self, model: nn.Module, **options: Any) -> NorMuon:
-        """Return ``build_normuon(model, **options)``."""
+        """Return ``build_normuon(model, **options)``; whole parameters on several processes share the work.
+
+        The Trainer averages the gradients of whole parameters over all processes (DDP).
+        """
+        if dist.is_initialized() and not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            options.setdefault("process_group", dist.group.WORLD)
         return build_normuon(model, **options)
 
 

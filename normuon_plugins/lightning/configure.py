@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 
 from normuon_plugins.core.build import build_normuon
 from normuon_plugins.core.optimizer import NorMuon
 from normuon_plugins.lightning.schedule import build_schedule
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
 
 
 def configure_normuon(
@@ -35,6 +36,8 @@ def configure_normuon(
     """
     if scheduler is None and warmup:
         raise ValueError(f"warmup={warmup} needs a scheduler; scheduler='constant' keeps the rate after the warmup.")
+    if module._trainer is not None and isinstance(module.trainer.strategy, DDPStrategy):
+        options.setdefault("process_group", dist.group.WORLD)  # every process holds the whole model; DDP averages
     optimizer = build_normuon(module, **options)
     if scheduler is None:
         return optimizer

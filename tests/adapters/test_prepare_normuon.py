@@ -65,8 +65,8 @@ def test_accumulation_steps_once_for_several_batches():
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
 def test_sharding_is_refused_before_anything_is_built(kind):
-    with pytest.raises(ValueError, match=f"one process or under DDP.* {kind.value}"):
-        prepare_normuon(SimpleNamespace(distributed_type=kind), tiny_llama())
+    with pytest.raises(ValueError, match=f"under DDP or FSDP2.* {kind.value}.*fsdp_version=2"):
+        prepare_normuon(SimpleNamespace(distributed_type=kind, is_fsdp2=False), tiny_llama())
 
 
 @pytest.mark.parametrize("misplaced", [3e-5, torch.optim.SGD([torch.ones(1)])])

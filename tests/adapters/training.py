@@ -28,6 +28,11 @@ def weights(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
+def shares_work(optimizer):
+    """Return whether the last step of NorMuon was divided among processes."""
+    return any(team.rounds for team in optimizer._plan.teams)
+
+
 def cosine(step):
     """The schedule, written out once more: linear warmup from zero, then half a cosine to zero."""
     if step < WARMUP:
@@ -72,7 +77,33 @@ def run_accelerate(ranks=1):
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
+    assert shares_work(optimizer.optimizer) is (ranks > 1)
     return weights(accelerator.unwrap_model(model))
+
+
+def run_accelerate_fsdp2():
+    """Accelerate's own FSDP2 on CPU, where it needs the first line to see more than DDP."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+    from accelerate.utils import DistributedType
+    from torch.distributed.tensor import DTensor
+
+    from normuon_plugins.accelerate import prepare_normuon
+
+    PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+    accelerator = Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2))
+    assert accelerator.is_fsdp2
+    loader = DataLoader(examples(), GLOBAL_BATCH // accelerator.num_processes)
+    model, optimizer, loader = prepare_normuon(accelerator, float64_llama(), loader, **OPTIONS)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, cosine)
+    for batch in loader:
+        accelerator.backward(model(**batch).loss)
+        accelerator.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    assert shares_work(optimizer.optimizer)
+    return {name: parameter.full_tensor().detach() for name, parameter in model.named_parameters()}
 
 
 def trainer_arguments(folder, **changes):
@@ -111,6 +142,7 @@ def run_trainer(folder, ranks=1):
     trainer = Trainer(model=float64_llama(), args=arguments, train_dataset=examples())
     trainer.train()
     assert trainer.state.global_step == STEPS
+    assert shares_work(trainer.optimizer.optimizer) is (ranks > 1)
     return weights(trainer.model)
 
 
@@ -162,6 +194,7 @@ def run_lightning(folder, ranks=1):
     sampler = DistributedSampler(data, shuffle=False) if ranks > 1 else None
     trainer.fit(lightning_module(model), DataLoader(data, GLOBAL_BATCH // ranks, sampler=sampler))
     assert trainer.global_step == STEPS
+    assert shares_work(trainer.optimizers[0]) is (ranks > 1)
     return weights(model)
 
 
