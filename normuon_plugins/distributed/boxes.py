@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import product
 
 from torch import Tensor
@@ -137,7 +137,7 @@ class Piece:
 
     runs: tuple[Run, ...]
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """Shape of both views: ``(count, length)`` per dimension, a count of one left out."""
         return tuple(

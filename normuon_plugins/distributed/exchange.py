@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -86,7 +87,7 @@ class _Route:
     piece: Piece
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes in a message, with the gap up to the next piece."""
         return -(-math.prod(self.piece.shape) * self.dtype.itemsize // ALIGNMENT) * ALIGNMENT

@@ -1,5 +1,7 @@
 """plan_exchange: what a step costs every rank, before there are any."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -67,6 +69,21 @@ def test_a_plan_of_a_model_without_weights_is_enough():
     report = plan_exchange(plan_parameters(model), shards=2)
     assert report.multiplications == [5 * (2 * 64 * 64 * 128 + 64**3)] * 2
     assert "2 ranks" in str(report)
+
+
+def test_the_table_in_the_documentation_is_what_the_report_says(root):
+    models = {"1B": llama(2048, 5632, 256, 22), "8B": LLAMA_3_8B, "70B": llama(8192, 28672, 1024, 80)}
+    rows = re.findall(
+        r"^\| (1B|8B|70B) \| (\d+) \| (.+) \|$", (root / "docs" / "distributed.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) == 12
+    for model, ranks, shown in rows:
+        report = plan_exchange(models[model], shards=int(ranks))
+        sent, received = max(report.bytes_sent) / 2**20, max(report.bytes_received) / 2**20
+        assert shown == (
+            f"{max(report.multiplications) / 1e12:.2f} | {report.imbalance:.2f} ({report.least_imbalance:.2f})"
+            f" | {sent:.0f} | {received:.0f} | {report.collectives}"
+        )
 
 
 def test_nothing_to_plan_is_refused():
