@@ -199,8 +199,7 @@ class TeamStep:
     def start(self, present: Container[int]) -> None:
         """Send the first round on its way, and with it which parameters have a gradient on this rank."""
         self._present = [number in present for number in self._team.members]
-        note = torch.tensor(self._present, dtype=torch.uint8) if self._team.asks else None
-        self._send(0, note)
+        self._send(0, self._note() if self._team.asks else None)
 
     def find_gradients(self) -> list[int]:
         """Return the numbers of the parameters that have a gradient on any rank.
@@ -233,6 +232,12 @@ class TeamStep:
             bucket.exchange.keep_own(visit.whole, visit.write, visit.chosen)
             visit.release()
         returning()
+
+    def _note(self) -> Tensor:
+        """Return one byte per parameter: whether it has a gradient here. The usual answer is made on the device."""
+        if all(self._present):
+            return torch.ones(len(self._present), dtype=torch.uint8, device=self._team.device)
+        return torch.tensor(self._present, dtype=torch.uint8, device=self._team.device)
 
     def _send(self, index: int, note: Tensor | None = None) -> None:
         """Start round ``index`` towards the owners, if there is one."""

@@ -103,18 +103,21 @@ def plan_step(members: Sequence[Member], options: Mapping[str, Any], previous: S
     """
     groups = dict(previous.groups) if previous is not None else {}
     blocks = [_locate(member, options) for member in members]
-    numbers_by_ranks: dict[tuple[int, ...], list[int]] = {}
-    for number, (where, _) in enumerate(blocks):
-        numbers_by_ranks.setdefault(where.ranks, []).append(number)
+    teams: dict[tuple[tuple[int, ...], torch.device], list[int]] = {}
+    for number, (member, (where, _)) in enumerate(zip(members, blocks, strict=True)):
+        teams.setdefault((where.ranks, compute_device(member.parameter)), []).append(number)
     plan = StepPlan(sign(members, options), [member.parameter for member in members], [], [], groups)
-    for ranks, numbers in numbers_by_ranks.items():
-        device = compute_device(members[numbers[0]].parameter)
+    for (ranks, device), numbers in teams.items():
         if ranks not in groups:
             groups[ranks] = _group(ranks, options["process_group"])
         group = groups[ranks]
         if group is not None:
             header = f"bucket_bytes={options['bucket_bytes']}, replicas={options['replicas']!r}"
-            check_equal([header, *(_facts(members[n], blocks[n][0]) for n in numbers)], group, device)
+            facts = [_facts(members[number], blocks[number][0]) for number in numbers]
+            check_equal([header, *(words for words, _ in facts)], group, device)
+            for words, is_placed in facts:
+                if not is_placed:  # on every rank alike, or the ranks would differ
+                    raise ValueError(f"{words}; build the DTensor from shards of the right shape.")
         _plan_team(plan, members, ranks, group, device, numbers, blocks, options["bucket_bytes"])
     return plan
 
@@ -167,22 +170,27 @@ def _locate(member: Member, options: Mapping[str, Any]) -> tuple[Blocks, Blocks]
     is_matrix = group["algorithm"] == "normuon"
     neuron_shape = parse_layout(group["layout"]).neuron_state_shape(shape) if is_matrix else shape
     process_group = options["process_group"]
+    rank = _my_rank()
     try:
         blocks, neurons = locate(parameter), locate(parameter, neuron_shape)
     except ValueError as error:
         raise ValueError(f"{name!r}: {error}; redistribute it first.") from None
+    if rank not in blocks.ranks:
+        raise ValueError(
+            f"{name!r} lies on ranks {blocks.ranks}, and this is rank {rank}: leave it out of the groups here."
+        )
     if process_group is not None and is_matrix and not is_sharded(parameter):
         ranks = tuple(dist.get_process_group_ranks(process_group))
         blocks, neurons = replicate(shape, ranks), replicate(neuron_shape, ranks)
     if options["replicas"] == "redundant":
-        replica = blocks.replicas[blocks.ranks.index(_my_rank())]
+        replica = blocks.replicas[blocks.ranks.index(rank)]
         ranks = tuple(rank for rank, other in zip(blocks.ranks, blocks.replicas, strict=True) if other == replica)
         blocks, neurons = blocks.restrict(ranks), neurons.restrict(ranks)
     return blocks, neurons
 
 
-def _facts(member: Member, blocks: Blocks) -> str:
-    """Return a line that every rank must agree on: what is planned from, and whether the shard is as expected."""
+def _facts(member: Member, blocks: Blocks) -> tuple[str, bool]:
+    """Return a line that every rank must agree on, what is planned from, and whether the shard is well placed."""
     parameter, group, name = member
     words = f"{name!r}: {group['algorithm']} {describe(parameter)}"
     if group["algorithm"] == "normuon":
@@ -193,7 +201,7 @@ def _facts(member: Member, blocks: Blocks) -> str:
         found = tuple(local(parameter).shape)
     if found != expected:
         words += f", but a local shard {found} where its placements mean {expected}"
-    return words
+    return words, found == expected
 
 
 def _batch_options(group: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -112,6 +112,10 @@ def disagree():
     model[0].weight = nn.Parameter(uneven)
     model[0].weight.grad = uneven.clone()
     found["shard"] = outcome(NorMuon(model.named_parameters()).step)
+    narrow = DTensor.from_local(torch.ones(4, 5), mesh, [Shard(0)], run_check=False, shape=(8, 6), stride=(6, 1))
+    misplaced = nn.Parameter(narrow)
+    misplaced.grad = narrow.clone()
+    found["every shard"] = outcome(NorMuon([("w", misplaced)]).step)
     partial = nn.Parameter(DTensor.from_local(torch.ones(4, 6), mesh, [Partial()], run_check=False))
     partial.grad = partial.detach().clone()
     found["partial"] = outcome(NorMuon([("w", partial)]).step)
@@ -132,6 +136,8 @@ def test_ranks_that_plan_differently_are_told_the_first_difference_before_anythi
         assert "rank 0 has '1.weight'" in found["order"]
         assert "'i o'" in found["layout"]
         assert "a local shard (3, 6) where its placements mean (4, 6)" in found["shard"]
+        assert "'w': normuon (8, 6)" in found["every shard"]
+        assert "a local shard (4, 5) where its placements mean (4, 6)" in found["every shard"]
         assert "'w': placement Partial(sum) is neither a shard nor a replica" in found["partial"]
     assert results[0][0] == results[1][0]
 

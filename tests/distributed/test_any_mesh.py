@@ -1,5 +1,7 @@
 """One step, any mesh: the same weights and state as one process, for every layout, shape and option."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -94,6 +96,10 @@ def replicas(world_size):
         run = cases.whole_run(model, optimizer)
         equal.append(all(torch.equal(run[name], tensor) for name, tensor in expected.items()))
         rounds.append([len(team.rounds) for team in optimizer._plan.teams])
+    # A copy has other parameters and no process group, which cannot be copied: it goes on by itself.
+    alone_again = copy.deepcopy(optimizer)
+    assert alone_again.defaults["process_group"] is None
+    assert optimizer.defaults["process_group"] is dist.group.WORLD
     return equal, rounds
 
 
