@@ -45,6 +45,11 @@ def test_accelerate_under_fsdp2_equals_one_process_with_the_same_global_batch(ex
         assert max_difference(result, expected) < 1e-6
 
 
+def test_lightning_under_fsdp2_equals_one_process_with_the_same_global_batch(expected, tmp_path):
+    for result in run_ranks(training.run_lightning_fsdp2, 2, tmp_path):
+        assert max_difference(result, expected) < 1e-6
+
+
 def test_two_processes_equal_one_with_the_same_global_batch(expected, tmp_path):
     first, second = run_ranks(every_runner, 2, tmp_path)
     for name, result in first.items():

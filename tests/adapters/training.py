@@ -198,6 +198,26 @@ def run_lightning(folder, ranks=1):
     return weights(model)
 
 
+def run_lightning_fsdp2(folder):
+    """Lightning's ModelParallelStrategy, which gives configure_optimizers DTensors."""
+    from lightning.pytorch.strategies import ModelParallelStrategy
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+    from torch.utils.data.distributed import DistributedSampler
+
+    ranks = torch.distributed.get_world_size()
+    module = lightning_module(float64_llama())
+    module.configure_model = lambda: fully_shard(module.model, mesh=module.device_mesh["data_parallel"])
+    strategy = ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1)
+    trainer = lightning_trainer(folder, devices=ranks, strategy=strategy, use_distributed_sampler=False)
+    data = examples()
+    trainer.fit(module, DataLoader(data, GLOBAL_BATCH // ranks, sampler=DistributedSampler(data, shuffle=False)))
+    assert trainer.global_step == STEPS
+    assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
+    assert shares_work(trainer.optimizers[0])
+    return {name: parameter.full_tensor().detach() for name, parameter in module.model.named_parameters()}
+
+
 def run_ddp():
     """torch's DistributedDataParallel alone."""
     from torch.nn.parallel import DistributedDataParallel
