@@ -24,3 +24,13 @@ def _fixed_seed():
 def root():
     """The checkout."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder of forty small text files."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(40):
+        words = [f"word{(number * 7 + place * place) % 50}" for place in range(80)]
+        (folder / f"{number}.txt").write_text(" ".join(words))
+    return folder

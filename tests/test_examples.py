@@ -13,16 +13,6 @@ SHORT = ["--steps", "6", "--eval-every", "3", "--save-every", "3", "--eval-batch
 SHORT += ["--sequence-length", "32", "--vocabulary", "300", "--width", "64", "--layers", "1"]
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """A folder of forty small text files."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(40):
-        words = [f"word{(number * 7 + place * place) % 50}" for place in range(80)]
-        (folder / f"{number}.txt").write_text(" ".join(words))
-    return folder
-
-
 def run(root, folder, program, *arguments):
     command = [sys.executable, str(root / "examples" / program), *SHORT, *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180)

@@ -59,6 +59,15 @@ def run_plain_loop():
     return weights(model)
 
 
+def _train_prepared(accelerator, model, optimizer, scheduler, loader):
+    for batch in loader:
+        accelerator.backward(model(**batch).loss)
+        accelerator.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+
 def run_accelerate(ranks=1):
     from accelerate import Accelerator
     from transformers import get_cosine_schedule_with_warmup
@@ -71,12 +80,7 @@ def run_accelerate(ranks=1):
     model, optimizer, loader = prepare_normuon(accelerator, float64_llama(), loader, **OPTIONS)
     scheduler = get_cosine_schedule_with_warmup(optimizer, WARMUP * ranks, STEPS * ranks)
     scheduler = accelerator.prepare(scheduler)
-    for batch in loader:
-        accelerator.backward(model(**batch).loss)
-        accelerator.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
+    _train_prepared(accelerator, model, optimizer, scheduler, loader)
     assert shares_work(optimizer.optimizer) is (ranks > 1)
     return weights(accelerator.unwrap_model(model))
 
@@ -96,12 +100,7 @@ def run_accelerate_fsdp2():
     model, optimizer, loader = prepare_normuon(accelerator, float64_llama(), loader, **OPTIONS)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, cosine)
-    for batch in loader:
-        accelerator.backward(model(**batch).loss)
-        accelerator.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
+    _train_prepared(accelerator, model, optimizer, scheduler, loader)
     assert shares_work(optimizer.optimizer)
     return {name: parameter.full_tensor().detach() for name, parameter in model.named_parameters()}
 

@@ -4,22 +4,11 @@ import os
 import subprocess
 import sys
 
-import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 ARGUMENTS = ["--steps", "6", "--save-every", "2", "--eval-batches", "2", "--batch-size", "4", "--sequence-length", "32"]
 ARGUMENTS += ["--vocabulary", "300", "--width", "64", "--layers", "1"]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """A folder of forty small text files."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(40):
-        words = [f"word{(number * 7 + place * place) % 50}" for place in range(80)]
-        (folder / f"{number}.txt").write_text(" ".join(words))
-    return folder
 
 
 def torchrun(program, corpus, folder, *arguments, ranks=2, restarts=0):
