@@ -88,14 +88,15 @@ def plan_rounds(stacks: Sequence[Stack], owners: Sequence[int], ranks: int, buck
                 fits = owned[owner] + stack.nbytes <= bound and all(
                     total + more <= bound for total, more in zip(sent, leaving, strict=True) if more
                 )
-                if fits:
+                # What a rank sends has neuron state on top, so that the first stack of a round may exceed the bound.
+                if fits or not chosen:
                     owned[owner] += stack.nbytes
                     sent = [total + more for total, more in zip(sent, leaving, strict=True)]
                     chosen.append(queue.popleft())
                 if not queue or not fits:
                     open_queues.remove(queue)
         replicas = max(stacks[number].blocks[0].replica_count for number in chosen)
-        shifts_per_part = bound // max(*owned, *sent)
+        shifts_per_part = max(1, bound // max(*owned, *sent))
         rounds.append(Round(tuple(sorted(chosen)), -(-replicas // shifts_per_part)))
     return rounds
 
