@@ -106,20 +106,43 @@ def plan_step(members: Sequence[Member], options: Mapping[str, Any], previous: S
     teams: dict[tuple[tuple[int, ...], torch.device], list[int]] = {}
     for number, (member, (where, _)) in enumerate(zip(members, blocks, strict=True)):
         teams.setdefault((where.ranks, compute_device(member.parameter)), []).append(number)
+    _agree(members, blocks, teams, groups, options)
     plan = StepPlan(sign(members, options), [member.parameter for member in members], [], [], groups)
     for (ranks, device), numbers in teams.items():
+        _plan_team(plan, members, ranks, groups[ranks], device, numbers, blocks, options["bucket_bytes"])
+    return plan
+
+
+def _agree(
+    members: Sequence[Member],
+    blocks: Sequence[tuple[Blocks, Blocks]],
+    teams: Mapping[tuple[tuple[int, ...], torch.device], list[int]],
+    groups: dict[tuple[int, ...], dist.ProcessGroup | None],
+    options: Mapping[str, Any],
+) -> None:
+    """Make the process groups that are missing, and raise on every rank that would wait for one that plans otherwise.
+
+    Small teams first: what is found there is told to the larger ones, whose other ranks know nothing of it.
+    """
+    error: ValueError | None = None
+    for (ranks, device), numbers in sorted(teams.items(), key=lambda team: len(team[0][0])):
         if ranks not in groups:
             groups[ranks] = _group(ranks, options["process_group"])
         group = groups[ranks]
-        if group is not None:
-            header = f"bucket_bytes={options['bucket_bytes']}, replicas={options['replicas']!r}"
-            facts = [_facts(members[number], blocks[number][0]) for number in numbers]
-            check_equal([header, *(words for words, _ in facts)], group, device)
+        if group is None:
+            continue
+        header = f"bucket_bytes={options['bucket_bytes']}, replicas={options['replicas']!r}"
+        facts = [_facts(members[number], blocks[number][0]) for number in numbers]
+        before = "no error before" if error is None else f"an error before ({error})"
+        try:
+            check_equal([header, before, *(words for words, _ in facts)], group, device)
             for words, is_placed in facts:
                 if not is_placed:  # on every rank alike, or the ranks would differ
                     raise ValueError(f"{words}; build the DTensor from shards of the right shape.")
-        _plan_team(plan, members, ranks, group, device, numbers, blocks, options["bucket_bytes"])
-    return plan
+        except ValueError as found:
+            error = error or found
+    if error is not None:
+        raise error
 
 
 def _plan_team(

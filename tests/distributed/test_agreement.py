@@ -126,6 +126,30 @@ def disagree():
     return found, moved
 
 
+def disagree_in_a_smaller_team():
+    """Two meshes of two ranks and one of four: the first two ranks differ on their own mesh only."""
+    rank = dist.get_rank()
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    line = init_device_mesh("cpu", (4,))
+    parameters = [
+        nn.Parameter(DTensor.from_local(torch.ones(rows, 4), mesh, [Shard(0)], run_check=False))
+        for rows, mesh in ((2, line), (3, square["tp"]), (3, square["tp"]))
+    ]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    named = list(zip(("everywhere", "first", "second"), parameters, strict=True))
+    return outcome(NorMuon(named[:2] if rank == 1 else named).step)
+
+
+def test_a_difference_in_a_smaller_team_is_told_to_the_larger_one():
+    """Its other ranks would wait for the two that have raised."""
+    first, second, third, fourth = run_ranks(disagree_in_a_smaller_team, 4)
+    assert "rank 0 has 'second'" in first
+    assert first == second
+    assert "rank 0 has an error before (ranks plan different steps" in third
+    assert third == fourth
+
+
 def test_ranks_that_plan_differently_are_told_the_first_difference_before_anything_moves():
     results = run_ranks(disagree, 2)
     for found, moved in results:
