@@ -36,7 +36,8 @@ def configure_normuon(
     """
     if scheduler is None and warmup:
         raise ValueError(f"warmup={warmup} needs a scheduler; scheduler='constant' keeps the rate after the warmup.")
-    if module._trainer is not None and isinstance(module.trainer.strategy, DDPStrategy):
+    trainer = getattr(module, "_trainer", None)  # module.trainer raises where there is none yet
+    if trainer is not None and isinstance(trainer.strategy, DDPStrategy):
         options.setdefault("process_group", dist.group.WORLD)  # every process holds the whole model; DDP averages
     optimizer = build_normuon(module, **options)
     if scheduler is None:
