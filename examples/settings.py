@@ -124,7 +124,7 @@ def make_model(args: argparse.Namespace, vocabulary: int) -> nn.Module:
     return LlamaForCausalLM(config)
 
 
-def make_adamw(model: nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
+def make_adamw(model: nn.Module, args: argparse.Namespace, *, fused: bool = True) -> torch.optim.AdamW:
     """Return the baseline: torch's AdamW, with weight decay on the same parameters as NorMuon's."""
     plan = plan_parameters(model)
     groups = [
@@ -134,7 +134,7 @@ def make_adamw(model: nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
         }
         for hidden in (True, False)
     ]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, fused=True)
+    return torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, fused=fused)
 
 
 def normuon_options(args: argparse.Namespace) -> dict[str, Any]:

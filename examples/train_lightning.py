@@ -40,7 +40,8 @@ class LanguageModel(LightningModule):
 
     def configure_optimizers(self) -> Any:
         if self.args.optim == "adamw":
-            optimizer = make_adamw(self, self.args)
+            # Lightning does not clip gradients for a fused optimizer under mixed precision.
+            optimizer = make_adamw(self, self.args, fused=not bf16_is_fast())
             schedule = get_cosine_schedule_with_warmup(optimizer, warmup_steps(self.args), self.args.steps)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
         return configure_normuon(self, scheduler="cosine", warmup=warmup_steps(self.args), **normuon_options(self.args))

@@ -254,9 +254,9 @@ class NorMuon(Optimizer):
         policy = self.defaults["nonfinite"]
         if policy == "propagate":
             return set()
-        bad = find_nonfinite(plan, len(members), gradients)
-        if bad and policy == "raise":
-            names = [members[number].name for number in bad]
+        bad, found = find_nonfinite(plan, len(members), gradients)
+        if found and policy == "raise":
+            names = [members[number].name for number in bad] or "a parameter of other ranks"
             raise FloatingPointError(f"gradient with NaN or infinity in {names}; nothing was changed.")
         self.skipped_steps += len(bad)
         return set(bad)

@@ -25,16 +25,22 @@ def local_gradients(members: Sequence[Member]) -> dict[int, Tensor]:
     }
 
 
-def find_nonfinite(plan: StepPlan, members: int, gradients: Mapping[int, Tensor]) -> list[int]:
-    """Return which of ``members`` parameters have a gradient with NaN or infinity on any rank that holds them."""
+def find_nonfinite(plan: StepPlan, members: int, gradients: Mapping[int, Tensor]) -> tuple[list[int], bool]:
+    """Return which of ``members`` parameters have a gradient with NaN or infinity on any rank that holds them.
+
+    And whether any rank found one at all, also in a parameter that this rank holds nothing of: small teams are asked
+    first and the larger ones told, so that all raise together.
+    """
     flags = torch.zeros(members, dtype=torch.bool)
     checks = [torch.isfinite(gradient).all() for gradient in gradients.values()]
     if checks:
         # One read-back for all flags: asking each of them would stop a GPU once per parameter.
         flags[list(gradients)] = ~torch.stack([check.to(checks[0].device) for check in checks]).cpu()
-    for team in plan.teams:
-        flags[team.members] = torch.tensor(any_rank(flags[team.members], team.group, team.device))
-    return [number for number, bad in enumerate(flags.tolist()) if bad]
+    found = bool(flags.any())
+    for team in sorted(plan.teams, key=lambda team: team.group.size()):
+        *bad, found = any_rank([*flags[team.members].tolist(), found], team.group, team.device)
+        flags[team.members] = torch.tensor(bad)
+    return [number for number, bad in enumerate(flags.tolist()) if bad], found
 
 
 def take_step(

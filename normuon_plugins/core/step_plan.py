@@ -20,10 +20,23 @@ from normuon_plugins.core.orthogonalize import fast_matmul_dtype
 from normuon_plugins.core.stacks import Stack, divide
 from normuon_plugins.core.team_plan import Bucket, plan_buckets
 from normuon_plugins.distributed.agreement import check_equal, create_group
-from normuon_plugins.distributed.placement import Blocks, compute_device, describe, is_sharded, local, locate, replicate
+from normuon_plugins.distributed.placement import (
+    Blocks,
+    compute_device,
+    describe,
+    is_sharded,
+    local,
+    locate,
+    replicate,
+    whereabouts,
+)
 
 # Options that must agree for the matrices of two groups to share a batch.
 BATCH_OPTIONS = ("ns_coefficients", "ns_steps", "eps", "adjust_lr_fn", "beta2", "normalize_neurons")
+
+
+# Numbers of parameters, by the ranks that share them and the device that computes them.
+Teams = dict[tuple[tuple[int, ...], torch.device], list[int]]
 
 
 class Member(NamedTuple):
@@ -75,17 +88,21 @@ class StepPlan:
 def ns_dtype(member: Member) -> torch.dtype:
     """Return the dtype of the products: the group's, or what the device multiplies fast."""
     name = member.group["ns_dtype"]
-    return fast_matmul_dtype(compute_device(member.parameter)) if name is None else NS_DTYPES[name]
+    if name is None:
+        return fast_matmul_dtype(compute_device(member.parameter))
+    return NS_DTYPES[str(name).removeprefix("torch.")]  # an edited group may hold the dtype itself
 
 
 def sign(members: Iterable[Member], options: Mapping[str, Any]) -> Hashable:
-    """Return what a plan depends on, cheap enough for every step: identities and batch options."""
+    """Return what a plan depends on, cheap enough for every step: identities, placements and batch options."""
     rows: list[Hashable] = []
     for parameter, group, _ in members:
         if group["algorithm"] == "normuon":
-            rows.append((id(parameter), group["layout"], group["ns_dtype"], _batch_options(group)))
+            rows.append(
+                (id(parameter), whereabouts(parameter), group["layout"], group["ns_dtype"], _batch_options(group))
+            )
         else:
-            rows.append((id(parameter),))
+            rows.append((id(parameter), whereabouts(parameter)))
     return (*rows, options["bucket_bytes"], options["replicas"], id(options["process_group"]))
 
 
@@ -103,20 +120,30 @@ def plan_step(members: Sequence[Member], options: Mapping[str, Any], previous: S
     """
     groups = dict(previous.groups) if previous is not None else {}
     blocks = [_locate(member, options) for member in members]
-    teams: dict[tuple[tuple[int, ...], torch.device], list[int]] = {}
-    for number, (member, (where, _)) in enumerate(zip(members, blocks, strict=True)):
-        teams.setdefault((where.ranks, compute_device(member.parameter)), []).append(number)
-    _agree(members, blocks, teams, groups, options)
+    _agree(members, blocks, _teams(members, blocks), groups, options)
+    if options["replicas"] == "redundant":
+        blocks = [_own_replica(*both) for both in blocks]
+    teams = _teams(members, blocks)
     plan = StepPlan(sign(members, options), [member.parameter for member in members], [], [], groups)
     for (ranks, device), numbers in teams.items():
+        if ranks not in groups:
+            groups[ranks] = _group(ranks, options["process_group"])
         _plan_team(plan, members, ranks, groups[ranks], device, numbers, blocks, options["bucket_bytes"])
     return plan
+
+
+def _teams(members: Sequence[Member], blocks: Sequence[tuple[Blocks, Blocks]]) -> Teams:
+    """Return the numbers of the members by the ranks that share them, and by device, in order of appearance."""
+    teams: Teams = {}
+    for number, (member, (where, _)) in enumerate(zip(members, blocks, strict=True)):
+        teams.setdefault((where.ranks, compute_device(member.parameter)), []).append(number)
+    return teams
 
 
 def _agree(
     members: Sequence[Member],
     blocks: Sequence[tuple[Blocks, Blocks]],
-    teams: Mapping[tuple[tuple[int, ...], torch.device], list[int]],
+    teams: Teams,
     groups: dict[tuple[int, ...], dist.ProcessGroup | None],
     options: Mapping[str, Any],
 ) -> None:
@@ -131,7 +158,7 @@ def _agree(
         group = groups[ranks]
         if group is None:
             continue
-        header = f"bucket_bytes={options['bucket_bytes']}, replicas={options['replicas']!r}"
+        header = ", ".join(f"{name}={options[name]!r}" for name in ("bucket_bytes", "replicas", "nonfinite"))
         facts = [_facts(members[number], blocks[number][0]) for number in numbers]
         before = "no error before" if error is None else f"an error before ({error})"
         try:
@@ -187,7 +214,7 @@ def _divide(number: int, member: Member, blocks: tuple[Blocks, Blocks], bucket_b
 
 
 def _locate(member: Member, options: Mapping[str, Any]) -> tuple[Blocks, Blocks]:
-    """Return where a parameter lies and where its neuron state does, on the ranks that share its work."""
+    """Return where a parameter lies and where its neuron state does, on all ranks that hold any of it."""
     parameter, group, name = member
     shape = tuple(parameter.shape)
     is_matrix = group["algorithm"] == "normuon"
@@ -205,11 +232,14 @@ def _locate(member: Member, options: Mapping[str, Any]) -> tuple[Blocks, Blocks]
     if process_group is not None and is_matrix and not is_sharded(parameter):
         ranks = tuple(dist.get_process_group_ranks(process_group))
         blocks, neurons = replicate(shape, ranks), replicate(neuron_shape, ranks)
-    if options["replicas"] == "redundant":
-        replica = blocks.replicas[blocks.ranks.index(rank)]
-        ranks = tuple(rank for rank, other in zip(blocks.ranks, blocks.replicas, strict=True) if other == replica)
-        blocks, neurons = blocks.restrict(ranks), neurons.restrict(ranks)
     return blocks, neurons
+
+
+def _own_replica(blocks: Blocks, neurons: Blocks) -> tuple[Blocks, Blocks]:
+    """Return the same as seen by the ranks that hold a parameter once, together with this one."""
+    replica = blocks.replicas[blocks.ranks.index(_my_rank())]
+    ranks = tuple(rank for rank, other in zip(blocks.ranks, blocks.replicas, strict=True) if other == replica)
+    return blocks.restrict(ranks), neurons.restrict(ranks)
 
 
 def _facts(member: Member, blocks: Blocks) -> tuple[str, bool]:

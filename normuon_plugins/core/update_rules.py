@@ -96,7 +96,9 @@ def rescale(normalized: Tensor, orthogonalized: Tensor, *, adjust_lr_fn: str) ->
         size = _frobenius_norm(orthogonalized) * math.sqrt(max(1.0, m / n))
     else:
         raise ValueError(f"adjust_lr_fn={adjust_lr_fn!r} is not known; use one of {ADJUST_LR_FNS}.")
-    return normalized.mul_(size / norm.clamp_min(torch.finfo(norm.dtype).tiny))
+    # The factor stays finite, since zero times infinity is NaN: torch's checkpointing steps once with zero gradients.
+    limits = torch.finfo(norm.dtype)
+    return normalized.mul_((size / norm.clamp_min(limits.tiny)).clamp_max_(limits.max))
 
 
 def normuon_direction(

@@ -8,7 +8,6 @@ from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 
 def create_group(ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
@@ -49,8 +48,8 @@ def check_equal(lines: Sequence[str], group: dist.ProcessGroup, device: torch.de
                 )
 
 
-def any_rank(flags: Sequence[bool] | Tensor, group: dist.ProcessGroup, device: torch.device) -> list[bool]:
+def any_rank(flags: Sequence[bool], group: dist.ProcessGroup, device: torch.device) -> list[bool]:
     """Return, for every flag, whether it is set on any rank."""
-    found = torch.as_tensor(flags, device=device).to(torch.int32)
+    found = torch.tensor(flags, dtype=torch.int32, device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
     return [bool(flag) for flag in found.tolist()]

@@ -187,7 +187,7 @@ class Exchange:
                 route.computed(whole(route.item, route.field)).copy_(read(route.item, route.field, route.stored))
 
     def start_to_shards(self, part: int, whole: Whole, chosen: Container[int], device: torch.device) -> Pending:
-        """Send pieces of this rank's chosen items to whoever holds them, without waiting; the rest travels as noise."""
+        """Send pieces of this rank's chosen items to whoever holds them, without waiting; zeros for the rest."""
         return self._back[part].start(
             lambda route: route.computed(whole(route.item, route.field)) if route.item in chosen else None, device
         )
@@ -235,7 +235,9 @@ class _Message:
                 segment[: note.numel()].copy_(note)
             for route, target in self.unpack(segment, routes):
                 found = value(route)
-                if found is not None:
+                if found is None:
+                    target.zero_()
+                else:
                     target.copy_(found)
         incoming = torch.empty(sum(receive_sizes), dtype=torch.uint8, device=device)
         work = dist.all_to_all_single(incoming, outgoing, receive_sizes, send_sizes, group=self.group, async_op=True)

@@ -79,6 +79,13 @@ def describe(tensor: Tensor) -> str:
     return words
 
 
+def whereabouts(tensor: Tensor) -> tuple[object, ...]:
+    """Return shape, device, placements and mesh: what decides where blocks lie, cheap and comparable."""
+    if isinstance(tensor, DTensor):
+        return (tensor.shape, tensor.device, tensor.placements, tensor.device_mesh)
+    return (tensor.shape, tensor.device)
+
+
 def is_like(first: Tensor, second: Tensor) -> bool:
     """Return whether two tensors agree in shape, dtype, device and, where sharded, in mesh and placements."""
     if (first.shape, first.dtype, first.device) != (second.shape, second.dtype, second.device):

@@ -135,3 +135,13 @@ def test_what_is_no_real_matrix_is_refused(bad):
 def test_unknown_coefficients_are_refused(bad):
     with pytest.raises(ValueError, match="ns_coefficients"):
         orthogonalize(torch.eye(2), ns_coefficients=bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(11, 5), (3, 137), (67, 3), (14, 109), (48, 32)])
+def test_a_matrix_rounds_alike_alone_and_anywhere_in_a_batch(dtype, shape):
+    """MKL rounds by alignment: with odd sizes a step depended on which matrices shared a rank."""
+    matrices = torch.randn(5, *shape).to(dtype)
+    batch = orthogonalize(matrices, ns_dtype=dtype)
+    for matrix, expected in zip(matrices, batch, strict=True):
+        assert torch.equal(orthogonalize(matrix.clone(), ns_dtype=dtype), expected)

@@ -124,6 +124,25 @@ def test_extreme_gradients_stay_finite(value):
     assert weight.isfinite().all()
 
 
+def test_zero_gradients_at_the_first_step_leave_large_matrices_as_they_are():
+    """torch's checkpointing takes such a step to create state; weights of more than 400 entries became NaN."""
+    weight = torch.nn.Parameter(torch.randn(64, 48))
+    before = weight.detach().clone()
+    optimizer = NorMuon([weight], lr=0.0)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert torch.equal(weight, before)
+
+
+def test_an_edited_group_may_hold_the_dtype_itself():
+    weight, bias = matrix_and_bias()
+    optimizer = NorMuon(groups(weight, bias))
+    optimizer.param_groups[0]["ns_dtype"] = torch.float32
+    backward(weight, bias)
+    optimizer.step()
+    assert optimizer.state[weight]["momentum_buffer"].any()
+
+
 def test_tensor_lr_equals_float_lr():
     results = []
     for lr in (0.05, torch.tensor(0.05)):

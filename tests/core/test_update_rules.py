@@ -8,6 +8,16 @@ from hypothesis import strategies as st
 from normuon_plugins.core.update_rules import nesterov_update, normalize_neurons, normuon_direction, rescale
 
 
+@pytest.mark.parametrize("adjust_lr_fn", ["match_rms_adamw", "original"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rescale_leaves_zero_at_zero_for_matrices_of_any_size(adjust_lr_fn, dtype):
+    """From 400 entries on, the factor overflowed, and zero gradients at the first step made weights NaN."""
+    zeros = torch.zeros(2, 64, 48, dtype=dtype)
+    assert torch.equal(rescale(zeros.clone(), zeros, adjust_lr_fn=adjust_lr_fn), zeros)
+    tiny = torch.full((1, 64, 48), 1e-38, dtype=dtype)
+    assert torch.isfinite(rescale(tiny.clone(), tiny, adjust_lr_fn=adjust_lr_fn)).all()
+
+
 def test_rows_are_divided_by_their_running_rms():
     buffer = torch.full((2, 3, 1), 0.5)
     update = torch.randn(2, 3, 8)

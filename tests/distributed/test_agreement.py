@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from normuon_plugins import NorMuon
 from tests.distributed import cases
@@ -100,6 +100,12 @@ def disagree():
     model = two_layers()
     found["bucket_bytes"] = outcome(NorMuon(model.named_parameters(), bucket_bytes=100 + rank).step)
     model = two_layers()
+    found["nonfinite"] = outcome(NorMuon(model.named_parameters(), nonfinite=("skip", "raise")[rank]).step)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    replica = nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, [Replicate()], run_check=False))
+    replica.grad = torch.ones_like(replica)
+    found["replicas"] = outcome(NorMuon([replica], replicas=("share", "redundant")[rank]).step)
+    model = two_layers()
     pairs = list(model.named_parameters())
     found["order"] = outcome(NorMuon(pairs if rank else pairs[::-1]).step)
     model = two_layers()
@@ -156,7 +162,11 @@ def test_ranks_that_plan_differently_are_told_the_first_difference_before_anythi
         assert all(moved)
         assert "rank 0 has '0.weight': normuon (8, 6)" in found["frozen"]
         assert "rank 1 has '1.weight': normuon (4, 8)" in found["frozen"]
-        assert "rank 0 has bucket_bytes=100, replicas='share', rank 1 has bucket_bytes=101" in found["bucket_bytes"]
+        assert "rank 0 has bucket_bytes=100, " in found["bucket_bytes"]
+        assert "rank 1 has bucket_bytes=101, " in found["bucket_bytes"]
+        assert "nonfinite='skip', rank 1 has" in found["nonfinite"]
+        assert "replicas='share'" in found["replicas"]
+        assert "replicas='redundant'" in found["replicas"]
         assert "rank 0 has '1.weight'" in found["order"]
         assert "'i o'" in found["layout"]
         assert "a local shard (3, 6) where its placements mean (4, 6)" in found["shard"]
@@ -194,6 +204,60 @@ def test_nonfinite_gradients_on_one_rank_are_skipped_or_raised_on_all():
         error, unchanged, _ = found["raise"]
         assert all(f"'{name}'" in error for name in bad)
         assert unchanged == sorted(cases.PARAMETERS)
+
+
+def nonfinite_in_a_smaller_team():
+    """NaN on a mesh of the first two ranks, beside a parameter on all four."""
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    line = init_device_mesh("cpu", (4,))
+    parameters = [
+        nn.Parameter(DTensor.from_local(torch.ones(3, 4), mesh, [Shard(0)], run_check=False))
+        for mesh in (line, square["tp"])
+    ]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    if dist.get_rank() == 1:
+        parameters[1].grad.to_local()[0, 0] = float("nan")
+    return outcome(NorMuon(list(zip(("everywhere", "here"), parameters, strict=True)), nonfinite="raise").step)
+
+
+def test_nonfinite_raises_on_ranks_that_hold_nothing_of_the_parameter():
+    messages = run_ranks(nonfinite_in_a_smaller_team, 4)
+    assert all("infinity in ['here']" in message for message in messages[:2])
+    assert all("infinity in a parameter of other ranks" in message for message in messages[2:])
+
+
+def moved_between_meshes():
+    """Return the difference from one process after a parameter was laid out anew under the same identity."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    start = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    weight = nn.Parameter(distribute_tensor(start, mesh, [Shard(0)], src_data_rank=None))
+    single = nn.Parameter(start.clone())
+    ours, reference = NorMuon([weight], lr=0.1), NorMuon([single], lr=0.1)
+    for placement in (Shard(0), Shard(1)):
+        if placement == Shard(1):
+            torch.utils.swap_tensors(weight, nn.Parameter(weight.detach().redistribute(mesh, [placement])))
+            state = {
+                key: value.redistribute(mesh, ours_placements(key, placement))
+                for key, value in ours.state.popitem()[1].items()
+            }
+            ours.state[weight] = state
+        gradient = torch.arange(24.0).reshape(6, 4).sin()
+        weight.grad = distribute_tensor(gradient, mesh, [placement], src_data_rank=None)
+        single.grad = gradient.clone()
+        ours.step()
+        reference.step()
+    return float((weight.full_tensor() - single).norm())
+
+
+def ours_placements(key, placement):
+    return [placement] if key == "momentum_buffer" else [Replicate()]
+
+
+def test_a_parameter_laid_out_anew_is_planned_anew():
+    """The plan once looked at identities alone, and cut the new shards by the old boxes."""
+    for difference in run_ranks(moved_between_meshes, 2):
+        assert difference < 1e-6
 
 
 def summed_gradient():
