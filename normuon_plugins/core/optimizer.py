@@ -63,8 +63,8 @@ class NorMuon(Optimizer):
         nonfinite: What a gradient with NaN or infinity does. ``"propagate"``: as in torch. ``"skip"``: that
             parameter and its state stay as they are, counted in ``skipped_steps``. ``"raise"``:
             ``FloatingPointError`` with its name, before any write.
-        bucket_bytes: Bound on the matrices multiplied in one batch, in bytes; the transient memory of a step is a
-            few times this.
+        bucket_bytes: Bound on the matrices that are moved or multiplied at once, in bytes of the products' dtype. The
+            transient memory of a step is at most 14 times this, or one matrix where that is larger.
         orthogonalize_fn: Replaces Newton-Schulz: a function from ``(batch, rows, cols)`` to a new tensor like it.
         replicas: ``"share"``: ranks that hold the same numbers (the replicas of HSDP, or of ``process_group``) divide
             the matrices among them. ``"redundant"``: each computes all of them, without a message between replicas.
