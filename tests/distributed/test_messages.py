@@ -18,8 +18,8 @@ from tests.distributed import cases
 from tests.ranks import run_ranks
 
 SIDE = 32
-# Transient bytes by bucket_bytes: at most 12.05 was seen, among four replicas. Multiplying takes 7 of them (bfloat16, whose
-# scaling is done in float32), messages under way 4, and gloo's two threads let go of finished messages late.
+# Transient bytes by bucket_bytes: at most 12.05 was seen, among four replicas. Multiplying takes 7 of them (bfloat16,
+# whose scaling is done in float32), messages under way 4, and gloo's two threads let go of finished messages late.
 STATED_MULTIPLE = 14
 
 
