@@ -126,9 +126,8 @@ def plan_step(members: Sequence[Member], options: Mapping[str, Any], previous: S
     teams = _teams(members, blocks)
     plan = StepPlan(sign(members, options), [member.parameter for member in members], [], [], groups)
     for (ranks, device), numbers in teams.items():
-        if ranks not in groups:
-            groups[ranks] = _group(ranks, options["process_group"])
-        _plan_team(plan, members, ranks, groups[ranks], device, numbers, blocks, options["bucket_bytes"])
+        group = _group(groups, ranks, options["process_group"])
+        _plan_team(plan, members, ranks, group, device, numbers, blocks, options["bucket_bytes"])
     return plan
 
 
@@ -153,9 +152,7 @@ def _agree(
     """
     error: ValueError | None = None
     for (ranks, device), numbers in sorted(teams.items(), key=lambda team: len(team[0][0])):
-        if ranks not in groups:
-            groups[ranks] = _group(ranks, options["process_group"])
-        group = groups[ranks]
+        group = _group(groups, ranks, options["process_group"])
         if group is None:
             continue
         header = ", ".join(f"{name}={options[name]!r}" for name in ("bucket_bytes", "replicas", "nonfinite"))
@@ -262,10 +259,16 @@ def _batch_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(tuple(value) if isinstance(value, list) else value for value in map(group.__getitem__, BATCH_OPTIONS))
 
 
-def _group(ranks: tuple[int, ...], process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    if process_group is not None and len(ranks) > 1 and ranks == tuple(dist.get_process_group_ranks(process_group)):
-        return process_group
-    return create_group(ranks)
+def _group(
+    groups: dict[tuple[int, ...], dist.ProcessGroup | None],
+    ranks: tuple[int, ...],
+    process_group: dist.ProcessGroup | None,
+) -> dist.ProcessGroup | None:
+    """Return the process group of ``ranks``: one of ``groups``, the user's where it has these ranks, or a new one."""
+    if ranks not in groups:
+        is_given = process_group is not None and ranks == tuple(dist.get_process_group_ranks(process_group))
+        groups[ranks] = process_group if is_given and len(ranks) > 1 else create_group(ranks)
+    return groups[ranks]
 
 
 def _my_rank() -> int:
