@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard
 
 from normuon_plugins.core.buckets import DEFAULT_BUCKET_BYTES, is_local
 from normuon_plugins.core.group_options import NS_DTYPES
@@ -15,7 +15,7 @@ from normuon_plugins.core.layout import parse_layout
 from normuon_plugins.core.stacks import Stack, divide
 from normuon_plugins.core.team_plan import item_of, plan_buckets
 from normuon_plugins.distributed.boxes import shared
-from normuon_plugins.distributed.placement import Blocks, locate_on_mesh
+from normuon_plugins.distributed.placement import Blocks, companion_placements, locate_on_mesh
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,7 @@ def plan_exchange(
 
 def _locate(shape: tuple[int, ...], companion: tuple[int, ...], shards: int, replicas: int, shard_dim: int) -> Blocks:
     """Return the blocks of a parameter of ``shape``, or of its neuron state, on a mesh ``(replicas, shards)``."""
-    keeps = shape[shard_dim] == companion[shard_dim]
-    placements: tuple[Placement, ...] = (Replicate(), Shard(shard_dim) if keeps else Replicate())
+    placements = companion_placements((Replicate(), Shard(shard_dim)), shape, companion)
     return locate_on_mesh(companion, placements, (replicas, shards), tuple(range(shards * replicas)))
 
 

@@ -20,6 +20,7 @@ from normuon_plugins.core.orthogonalize import fast_matmul_dtype
 from normuon_plugins.core.stacks import Stack, divide
 from normuon_plugins.core.team_plan import Bucket, plan_buckets
 from normuon_plugins.distributed.agreement import check_equal, create_group
+from normuon_plugins.distributed.boxes import length
 from normuon_plugins.distributed.placement import (
     Blocks,
     compute_device,
@@ -27,6 +28,7 @@ from normuon_plugins.distributed.placement import (
     is_sharded,
     local,
     locate,
+    my_rank,
     replicate,
     whereabouts,
 )
@@ -189,7 +191,7 @@ def _plan_team(
     # What every rank holds whole has, by its placement, the same gradient everywhere.
     asks = any(not blocks[number][0].is_replicated for number in numbers)
     buckets = plan_buckets(
-        stacks, len(ranks), ranks.index(_my_rank()), group, bucket_bytes, note_bytes=len(numbers) if asks else 0
+        stacks, len(ranks), ranks.index(my_rank()), group, bucket_bytes, note_bytes=len(numbers) if asks else 0
     )
     plan.local.extend(buckets.local)
     if group is not None:
@@ -217,7 +219,7 @@ def _locate(member: Member, options: Mapping[str, Any]) -> tuple[Blocks, Blocks]
     is_matrix = group["algorithm"] == "normuon"
     neuron_shape = parse_layout(group["layout"]).neuron_state_shape(shape) if is_matrix else shape
     process_group = options["process_group"]
-    rank = _my_rank()
+    rank = my_rank()
     try:
         blocks, neurons = locate(parameter), locate(parameter, neuron_shape)
     except ValueError as error:
@@ -234,7 +236,7 @@ def _locate(member: Member, options: Mapping[str, Any]) -> tuple[Blocks, Blocks]
 
 def _own_replica(blocks: Blocks, neurons: Blocks) -> tuple[Blocks, Blocks]:
     """Return the same as seen by the ranks that hold a parameter once, together with this one."""
-    replica = blocks.replicas[blocks.ranks.index(_my_rank())]
+    replica = blocks.replicas[blocks.ranks.index(my_rank())]
     ranks = tuple(rank for rank, other in zip(blocks.ranks, blocks.replicas, strict=True) if other == replica)
     return blocks.restrict(ranks), neurons.restrict(ranks)
 
@@ -245,8 +247,8 @@ def _facts(member: Member, blocks: Blocks) -> tuple[str, bool]:
     words = f"{name!r}: {group['algorithm']} {describe(parameter)}"
     if group["algorithm"] == "normuon":
         words += f" {group['layout']!r} {ns_dtype(member)} {_batch_options(group)}"
-    box = blocks.boxes[blocks.ranks.index(_my_rank())]
-    expected = tuple(sum(stop - start for start, stop in intervals) for intervals in box)
+    box = blocks.boxes[blocks.ranks.index(my_rank())]
+    expected = tuple(map(length, box))
     with torch.no_grad():
         found = tuple(local(parameter).shape)
     if found != expected:
@@ -269,7 +271,3 @@ def _group(
         is_given = process_group is not None and ranks == tuple(dist.get_process_group_ranks(process_group))
         groups[ranks] = process_group if is_given and len(ranks) > 1 else create_group(ranks)
     return groups[ranks]
-
-
-def _my_rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0

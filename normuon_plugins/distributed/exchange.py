@@ -122,7 +122,6 @@ class Exchange:
         parts: int = 1,
         note_bytes: int = 0,
     ) -> None:
-        self.items = items
         self._place = place
         ranks = len(items[0].fields[0].blocks.ranks)
         self._own: list[_Route] = []

@@ -54,6 +54,11 @@ class Blocks:
         )
 
 
+def my_rank() -> int:
+    """Return this process's global rank; 0 without a process group."""
+    return int(dist.get_rank()) if dist.is_initialized() else 0
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether a tensor lies on a mesh (a DTensor), be it in shards or in replicas."""
     return isinstance(tensor, DTensor)
@@ -88,11 +93,7 @@ def whereabouts(tensor: Tensor) -> tuple[object, ...]:
 
 def is_like(first: Tensor, second: Tensor) -> bool:
     """Return whether two tensors agree in shape, dtype, device and, where sharded, in mesh and placements."""
-    if (first.shape, first.dtype, first.device) != (second.shape, second.dtype, second.device):
-        return False
-    if isinstance(first, DTensor) and isinstance(second, DTensor):
-        return first.placements == second.placements and first.device_mesh == second.device_mesh
-    return isinstance(first, DTensor) == isinstance(second, DTensor)
+    return first.dtype == second.dtype and whereabouts(first) == whereabouts(second)
 
 
 def locate(tensor: Tensor, shape: Sequence[int] | None = None) -> Blocks:
@@ -107,10 +108,13 @@ def locate(tensor: Tensor, shape: Sequence[int] | None = None) -> Blocks:
     """
     shape = tuple(tensor.shape) if shape is None else tuple(shape)
     if not isinstance(tensor, DTensor):
-        return replicate(shape, (dist.get_rank() if dist.is_initialized() else 0,))
+        return replicate(shape, (my_rank(),))
     mesh = tensor.device_mesh
     return locate_on_mesh(
-        shape, _companion_placements(tensor, shape), tuple(mesh.shape), tuple(mesh.mesh.flatten().tolist())
+        shape,
+        companion_placements(tensor.placements, tensor.shape, shape),
+        tuple(mesh.shape),
+        tuple(mesh.mesh.flatten().tolist()),
     )
 
 
@@ -169,11 +173,11 @@ def zeros(parameter: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor
     if not isinstance(parameter, DTensor):
         return torch.zeros(tuple(shape), dtype=dtype, device=parameter.device)
     blocks = locate(parameter, shape)
-    box = blocks.boxes[blocks.ranks.index(dist.get_rank())]
+    box = blocks.boxes[blocks.ranks.index(my_rank())]
     return DTensor.from_local(
         torch.zeros([length(intervals) for intervals in box], dtype=dtype, device=local(parameter).device),
         parameter.device_mesh,
-        _companion_placements(parameter, tuple(shape)),
+        companion_placements(parameter.placements, parameter.shape, shape),
         run_check=False,
         shape=torch.Size(shape),
         stride=torch.empty(tuple(shape), device="meta").stride(),
@@ -191,11 +195,13 @@ def gradient_block(gradient: Tensor, parameter: Tensor) -> Tensor:
     return local(gradient)
 
 
-def _companion_placements(tensor: DTensor, shape: tuple[int, ...]) -> tuple[Placement, ...]:
-    """Return the placements of ``tensor`` for a companion of ``shape``: replicated where the sizes differ."""
+def companion_placements(
+    placements: Sequence[Placement], shape: Sequence[int], companion: Sequence[int]
+) -> tuple[Placement, ...]:
+    """Return the placements of a ``companion`` of a tensor of ``shape``: replicated where the sizes differ."""
     return tuple(
         Replicate()
-        if isinstance(placement, (Shard, _StridedShard)) and shape[placement.dim] != tensor.shape[placement.dim]
+        if isinstance(placement, (Shard, _StridedShard)) and companion[placement.dim] != shape[placement.dim]
         else placement
-        for placement in tensor.placements
+        for placement in placements
     )
