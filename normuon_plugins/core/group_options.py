@@ -114,15 +114,28 @@ def check_option(name: str, value: Any) -> None:
 
 def check_group(group: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` unless a complete group is one that a step can take; reads no tensor."""
-    algorithm = group["algorithm"]
+    algorithm = group.get("algorithm")
     if algorithm not in GROUP_KEYS:
-        raise ValueError(f"algorithm={algorithm!r} is not known; use one of {tuple(GROUP_KEYS)}.")
+        raise ValueError(f"algorithm={algorithm!r} is not known{_in_group(group)}; use one of {tuple(GROUP_KEYS)}.")
+    needed = [*GROUP_KEYS[algorithm], *(["layout"] if algorithm == "normuon" else [])]
+    if missing := [key for key in needed if key not in group]:
+        raise ValueError(
+            f"a group of algorithm={algorithm!r} needs {missing}, which it lost{_in_group(group)}."
+            " Put them back, or build the groups anew: plan_parameters(model).param_groups()."
+        )
     for key in GROUP_KEYS[algorithm]:
         check_option(key, group[key])
     if algorithm == "normuon":
         parse_layout(group["layout"])
     elif "layout" in group:
         raise ValueError(f"layout={group['layout']!r} belongs to algorithm='normuon'; this group says 'adamw'.")
+
+
+def _in_group(group: Mapping[str, Any]) -> str:
+    """Return where a group stands, for a message: its name and first parameter, as far as it has them."""
+    names = [str(group["name"])] if "name" in group else []
+    names += [f"of {group['param_names'][0]!r}"] if group.get("param_names") else []
+    return f" (group {' '.join(names)})" if names else ""
 
 
 def complete_group(group: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,6 +214,6 @@ def check_parameter(parameter: Tensor, group: Mapping[str, Any], name: str) -> N
 
 def parameter_name(group: Mapping[str, Any], index: int) -> str:
     """Return the FQN of parameter ``index`` of ``group``, or its place when the group was built without names."""
-    if "param_names" in group:
+    if index < len(group.get("param_names", ())):
         return str(group["param_names"][index])
     return f"parameter {index} of group {group['name']}" if "name" in group else f"parameter {index} of its group"

@@ -7,10 +7,18 @@ Duck typing only: transformers is never imported. ``get_input_embeddings`` may r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 from torch import Tensor, nn
+
+# What models without further conventions call their last layer; ``fc`` only at the root (torchvision).
+_HEAD_NAME = re.compile(r"(\w+_)?(heads?|classifier|score|logits)(_\w+)?")
+_ROOT_HEAD_NAME = re.compile(r"fc|output_projection|to_logits|unembed\w*")
+# Projections of one attention head each, not heads of a model (Funnel).
+_NO_HEAD_NAME = re.compile(r"(q|k|v|post|multi|attn|attention)_heads?")
 
 
 class Owner(NamedTuple):
@@ -28,6 +36,24 @@ class Owner(NamedTuple):
     attribute: str
     ancestors: tuple[nn.Module, ...]
 
+    def places(self) -> list[tuple[nn.Module | None, str]]:
+        """Return what the layer of this parameter is called, and by whom; a raw parameter, what it is called itself.
+
+        A wrapper around a single weight (a convolution with its norm, a copy that PEFT trains) passes for its layer:
+        then there are two places, the nearer first.
+        """
+        if self.attribute != "weight" or not self.ancestors:
+            return [(self.module, self.attribute)]
+        names = self.name.split(".")[-2::-1]
+        above = list(zip(self.ancestors, names, strict=False))
+        if len(above) > 2 and above[1][1] == "modules_to_save":
+            above = above[2:]
+        elif len(above) > 1 and above[0][1] == "base_layer":
+            above = above[1:]
+        nearest = above[0][0]
+        single = len(list(islice((weight for weight in nearest.parameters() if weight.ndim >= 2), 2))) == 1
+        return [(holder, name) for holder, name in above[: 2 if single else 1]]
+
 
 class ModelFacts:
     """The module tree of one model, asked once.
@@ -42,10 +68,14 @@ class ModelFacts:
             for attribute, parameter in module.named_parameters(recurse=False):
                 owner = Owner(f"{path}{attribute}", module, attribute, ancestors)
                 self.owners.setdefault(parameter, []).append(owner)
-        self._embeddings = _input_embeddings(model)
-        self._heads = _output_heads(model)
-        linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        self._possible_head = linears[-1] if linears and not self._heads else None
+        layers = _repeated_layers(model)
+        self._embeddings = _parts(_asked(model, "get_input_embeddings"))
+        self._heads = _output_heads(model, layers)
+        linears = [module for module in model.modules() if is_linear(module)]
+        last = linears[-1] if linears and not self._heads else None
+        self._possible_head = None if last in layers else last
+        self._patch_sizes = _patch_sizes(model)
+        self._layers = layers
 
     def is_embedding(self, module: nn.Module) -> bool:
         """Return whether ``module`` is an embedding, or part of what the model calls its input embeddings."""
@@ -59,29 +89,77 @@ class ModelFacts:
         """Return whether ``module`` is the last Linear of a model that says nothing of its output head."""
         return module is self._possible_head
 
+    def reads_patches(self, owner: Owner) -> bool:
+        """Return whether a Linear outside the repeated layers has as many inputs as an image patch has numbers."""
+        return owner.module not in self._layers and getattr(owner.module, "in_features", None) in self._patch_sizes
 
-def _input_embeddings(model: nn.Module) -> set[nn.Module]:
-    return {part for module in _asked(model, "get_input_embeddings") for part in module.modules()}
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether ``module`` is a Linear, or says that it is one by its sizes."""
+    if isinstance(module, nn.Linear):
+        return True
+    sizes = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim == 2 and tuple(weight.shape) == sizes
 
 
-def _output_heads(model: nn.Module) -> set[nn.Module]:
-    """Return the output projections: what the model names so, and every Linear outside its base model.
+def _parts(modules: Iterator[nn.Module]) -> set[nn.Module]:
+    return {part for module in modules for part in module.modules()}
 
-    A model without a base of its own (CLIP) ends in Linear layers whose width its config names.
+
+def _repeated_layers(model: nn.Module) -> set[nn.Module]:
+    """Return all modules inside lists of layers: elements with two or more weight matrices each."""
+    inside: set[nn.Module] = set()
+    for container in model.modules():
+        if not isinstance(container, (nn.ModuleList, nn.Sequential)):
+            continue
+        for layer in container.children():
+            if layer not in inside and sum(_is_matrix_layer(part) for part in layer.modules()) > 1:
+                inside |= set(layer.modules())
+    return inside
+
+
+def _is_matrix_layer(module: nn.Module) -> bool:
+    return any(parameter is not None and parameter.ndim >= 2 for parameter in module._parameters.values())
+
+
+def _output_heads(model: nn.Module, layers: set[nn.Module]) -> set[nn.Module]:
+    """Return the output projections.
+
+    These are what the model names so, every Linear outside its base model, projections to the widths that its config
+    gives to labels or to a shared space, and what is called a head; never a layer of a stack, which may have such a
+    width or stand outside the base model (a codec, a decoder) and is trunk all the same.
     """
-    heads = set(_asked(model, "get_output_embeddings")) | set(_asked(model, "get_classifier"))  # the second is timm's
+    heads = _parts(_asked(model, "get_output_embeddings")) | _parts(_asked(model, "get_classifier"))  # the second: timm
     for module in model.modules():
         prefix = getattr(module, "base_model_prefix", None)
-        if not isinstance(prefix, str):
-            continue  # not a Hugging Face model
-        base = dict(module.named_children()).get(prefix)
-        if base is not None:
-            trunk = set(base.modules())
-            heads |= {part for part in module.modules() if isinstance(part, nn.Linear) and part not in trunk}
-        config = getattr(module, "config", None)
-        widths = {getattr(config, "projection_dim", None), getattr(config, "num_labels", None)}
-        heads |= {part for part in module.children() if isinstance(part, nn.Linear) and part.out_features in widths}
-    return heads | _vocabulary_heads(model)
+        if isinstance(prefix, str):  # a Hugging Face model
+            heads |= _heads_beside_the_base(module, prefix) - layers
+    heads |= _vocabulary_heads(model) - layers
+    for path, module in model.named_modules():
+        name = path.rpartition(".")[2]
+        named = _HEAD_NAME.fullmatch(name) and not _NO_HEAD_NAME.fullmatch(name)
+        if module not in layers and _is_output_layer(module) and (named or _ROOT_HEAD_NAME.fullmatch(path)):
+            heads.add(module)
+    return heads
+
+
+def _is_output_layer(module: nn.Module) -> bool:
+    return is_linear(module) or isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
+def _heads_beside_the_base(module: nn.Module, prefix: str) -> set[nn.Module]:
+    heads: set[nn.Module] = set()
+    base = module._modules.get(prefix)
+    if base is not None:
+        trunk = set(base.modules())
+        for other in module.modules():  # further models inside this one have heads of their own
+            if other is not module and other is not base and isinstance(getattr(other, "base_model_prefix", None), str):
+                trunk |= set(other.modules())
+        heads |= {part for part in module.modules() if is_linear(part) and part not in trunk}
+    config = getattr(module, "config", None)
+    widths = {getattr(config, "projection_dim", None), getattr(config, "num_labels", None)}
+    return heads | {part for part in module.children() if is_linear(part) and part.out_features in widths}
 
 
 def _vocabulary_heads(model: nn.Module) -> set[nn.Module]:
@@ -95,10 +173,21 @@ def _vocabulary_heads(model: nn.Module) -> set[nn.Module]:
     return {
         module
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        if is_linear(module)
         and (module.out_features, module.in_features) in tables
         and not any(part.isdigit() for part in path.split("."))
     }
+
+
+def _patch_sizes(model: nn.Module) -> set[int]:
+    """Return how many numbers an image patch has, by each config in the model."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    sizes = set()
+    for config in configs.values():
+        patch, channels = getattr(config, "patch_size", None), getattr(config, "num_channels", None)
+        if isinstance(patch, int) and isinstance(channels, int) and patch > 1:
+            sizes.add(patch * patch * channels)
+    return sizes
 
 
 def _walk(

@@ -111,7 +111,13 @@ def _check_saved_state(parameter: Tensor, name: str, group: Mapping[str, Any], s
 
 
 def check_state(parameter: Tensor, group: Mapping[str, Any], name: str, state: Mapping[str, Tensor]) -> None:
-    """Raise ``ValueError`` when ``parameter`` was cast, moved or sharded since ``state`` was created."""
+    """Raise ``ValueError`` when ``parameter`` was cast, moved, sharded or routed anew since ``state`` was created."""
+    for key, shape in state_shapes(parameter, group).items():
+        if key not in state or tuple(state[key].shape) != shape:
+            raise ValueError(
+                f"{name!r} is on {_words((group['algorithm'], group.get('layout')))}, its state is not: the group was"
+                " edited after the first step. Undo that, or start with a new optimizer."
+            )
     buffer = state["momentum_buffer" if group["algorithm"] == "normuon" else "exp_avg"]
     if is_like(parameter, buffer):
         return

@@ -8,11 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from normuon_plugins.core.adapter_rules import LORA_POLICIES
+from normuon_plugins.core.decision import Decision
 from normuon_plugins.core.group_options import DEFAULT_LAYOUT, TRAINABLE_DTYPES
 from normuon_plugins.core.layout import parse_layout
 from normuon_plugins.core.model_facts import ModelFacts
-from normuon_plugins.core.parameter_rules import LORA_POLICIES, Decision, decide
-from normuon_plugins.core.plan_table import PlannedParameter, format_plan
+from normuon_plugins.core.parameter_rules import NOT_RECOGNISED, PlanOptions, decide
+from normuon_plugins.core.plan_table import PlannedParameter, fold_rows, format_plan
+from normuon_plugins.core.quantized import is_quantized
 
 
 class ParameterPlan:
@@ -76,7 +79,13 @@ class ParameterPlan:
 
 
 def plan_parameters(
-    model: nn.Module, *, overrides: Mapping[str, str] | None = None, lora: str = "adamw"
+    model: nn.Module,
+    *,
+    overrides: Mapping[str, str] | None = None,
+    lora: str = "adamw",
+    split_fused: bool = True,
+    per_head: bool = False,
+    strict: bool = False,
 ) -> ParameterPlan:
     """Decide for every trainable parameter of ``model`` between NorMuon and AdamW.
 
@@ -86,6 +95,10 @@ def plan_parameters(
             ``"adamw"`` or a layout string such as ``"e o i"``. ``"normuon"`` keeps the layout that the rules found,
             or takes ``"o i"`` for a 2-D parameter.
         lora: Where LoRA factors go: ``"adamw"``, ``"normuon"``, or ``"b"`` for NorMuon on the B factors only.
+        split_fused: Whether each projection in a fused weight gets the update that it would get as a parameter of its
+            own; False takes the whole weight as one matrix.
+        per_head: Whether the heads of query, key and value projections are orthogonalized one by one.
+        strict: Whether to raise if a parameter fell to the default rule.
 
     Returns:
         The plan.
@@ -93,7 +106,8 @@ def plan_parameters(
     Raises:
         TypeError: If ``model`` is no module, or ``overrides`` no mapping.
         ValueError: If an override matches nothing, contradicts another or does not fit its parameter, if a parameter
-            cannot be trained at all, or if no matrix is left for NorMuon; the message says what was seen.
+            cannot be trained at all, if no matrix is left for NorMuon, if another framework hides the shapes (FSDP1,
+            ZeRO-3), or under ``strict``; the message names the parameters and says what was seen.
 
     Example:
         >>> plan = plan_parameters(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
@@ -104,14 +118,17 @@ def plan_parameters(
         raise TypeError(f"the plan needs the model itself, an nn.Module; got {type(model).__name__}.")
     if lora not in LORA_POLICIES:
         raise ValueError(f"lora={lora!r} must be one of {LORA_POLICIES}.")
+    _refuse_hidden_shapes(model)
     facts = ModelFacts(model)
+    options = PlanOptions(lora, split_fused, per_head)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     chosen = _match_overrides({} if overrides is None else overrides, trainable, facts)
     rows = []
     for name, parameter in trainable.items():
-        if parameter.dtype not in TRAINABLE_DTYPES:
-            raise ValueError(f"{name!r} requires a gradient but is {parameter.dtype}; freeze it or cast the model.")
-        decision = decide(parameter, facts, lora)
+        if parameter.dtype not in TRAINABLE_DTYPES or is_quantized(parameter):
+            kind = f"quantized ({type(parameter).__name__})" if is_quantized(parameter) else str(parameter.dtype)
+            raise ValueError(f"{name!r} requires a gradient but is {kind}; freeze it or cast the model.")
+        decision = decide(parameter, facts, options)
         if name in chosen:
             decision = _apply_override(name, parameter, chosen[name], decision)
         algorithm = "adamw" if decision.layout is None else "normuon"
@@ -120,6 +137,8 @@ def plan_parameters(
             PlannedParameter(name, shape, algorithm, decision.layout, decision.decay, decision.reason, parameter)
         )
     _refuse_empty(model, rows)
+    if strict:
+        _refuse_unrecognised(rows)
     return ParameterPlan(rows)
 
 
@@ -169,6 +188,33 @@ def _apply_override(name: str, parameter: Tensor, target: str, decision: Decisio
     return Decision(target, "override")
 
 
+def _refuse_hidden_shapes(model: nn.Module) -> None:
+    """Raise ``ValueError`` when another framework keeps flat pieces in place of matrices anywhere."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_shape"):
+            seen = "a placeholder of DeepSpeed ZeRO-3"
+        elif getattr(parameter, "_fsdp_flattened", False):
+            seen = "a flat 1-D shard of FSDP1"
+        else:
+            continue
+        raise ValueError(
+            f"There is no matrix for NorMuon: {name!r} is {seen}; use FSDP2 (fully_shard), which keeps the shapes."
+        )
+
+
+def _refuse_unrecognised(rows: list[PlannedParameter]) -> None:
+    """Raise ``ValueError`` when a parameter fell to the default rule."""
+    unknown = [row for row in rows if row.reason.startswith(NOT_RECOGNISED)]
+    if unknown:
+        listed = "\n".join(
+            f"  {name}: adamw, {reason}" for name, reason in fold_rows((row.name, row.reason) for row in unknown)
+        )
+        raise ValueError(
+            f"strict=True: no rule recognised {len(unknown)} parameters:\n{listed}\n"
+            "Say what they are with overrides={pattern: 'adamw', 'normuon' or a layout}."
+        )
+
+
 def _refuse_empty(model: nn.Module, rows: list[PlannedParameter]) -> None:
     """Raise ``ValueError`` when no row is a matrix parameter, saying what was seen instead."""
     if any(row.algorithm == "normuon" for row in rows):
@@ -176,10 +222,6 @@ def _refuse_empty(model: nn.Module, rows: list[PlannedParameter]) -> None:
     every = list(model.parameters())
     if not every:
         seen = "the model has no parameters"
-    elif any(hasattr(parameter, "ds_shape") for parameter in every):
-        seen = "the parameters are placeholders of DeepSpeed ZeRO-3, which this optimizer does not support; use FSDP2"
-    elif any(hasattr(parameter, "_fsdp_flattened") for parameter in every):
-        seen = "the parameters are flat 1-D shards of FSDP1; use FSDP2 (fully_shard)"
     elif not rows:
         seen = f"all {len(every)} parameters are frozen"
     else:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+# Characters of a layout that the table shows; to_dict gives all.
+LONGEST_LAYOUT = 40
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -44,21 +46,31 @@ class PlannedParameter:
 
 def format_plan(rows: Sequence[PlannedParameter]) -> str:
     """Return the table: one line per kind of parameter, then counts and shares of parameters per algorithm."""
-    kinds: dict[tuple[str, ...], list[str]] = {}
-    for row in rows:
-        size = " x ".join(map(str, row.shape)) or "scalar"
-        option = "weight_decay" if row.algorithm == "normuon" else "adamw_weight_decay"
-        cells = (size, row.algorithm, row.layout or "-", option if row.decay else "none", row.reason)
-        kinds.setdefault((_NUMBER.sub("{}", row.name), *cells), []).append(row.name)
     lines: list[tuple[str, ...]] = [("parameter", "shape", "algorithm", "layout", "decay", "reason")]
-    for kind, names in kinds.items():
-        lines += [(name, *kind[1:]) for name in fold_names(names)]
+    lines += fold_rows((row.name, *_cells(row)) for row in rows)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]) - 1)]
     table = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]) for line in lines
     ]
     table.insert(1, "-" * max(map(len, table)))
     return "\n".join([*table, "", *_shares(rows)])
+
+
+def fold_rows(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Return ``rows``, with one in place of those that differ in the numbers in their first entry, a name, only."""
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for name, *cells in rows:
+        kinds.setdefault((_NUMBER.sub("{}", name), *cells), []).append(name)
+    return [(name, *kind[1:]) for kind, names in kinds.items() for name in fold_names(names)]
+
+
+def _cells(row: PlannedParameter) -> tuple[str, ...]:
+    size = " x ".join(map(str, row.shape)) or "scalar"
+    option = "weight_decay" if row.algorithm == "normuon" else "adamw_weight_decay"
+    layout = row.layout or "-"
+    if len(layout) > LONGEST_LAYOUT:  # heads of unequal sizes, one by one
+        layout = f"{layout[: LONGEST_LAYOUT // 2]}...{layout[-LONGEST_LAYOUT // 2 :]}"
+    return (size, row.algorithm, layout, option if row.decay else "none", row.reason)
 
 
 def fold_names(names: Sequence[str]) -> list[str]:
