@@ -13,7 +13,14 @@ import normuon_plugins
 PACKAGE = Path(normuon_plugins.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 FRAMEWORKS = {"lightning", "pytorch_lightning", "accelerate", "transformers", "peft", "trl"}
-REGEX_USERS = {"layout.py", "plan_table.py", "parameter_plan.py"}  # re.compile, not torch.compile
+REGEX_USERS = {
+    "layout.py",
+    "plan_table.py",
+    "parameter_plan.py",
+    "parameter_rules.py",
+    "model_facts.py",
+    "cli.py",
+}  # re.compile, not torch.compile
 PURE = ("orthogonalize", "update_rules", "layout")
 # The mathematics and the movement of tensors know nothing of each other; these bring them together.
 MEETING_POINTS = {
@@ -55,6 +62,7 @@ def test_mathematics_imports_torch_and_the_standard_library_only(name):
 def test_layers(path):
     place = path.relative_to(PACKAGE).parts[0]
     allowed = {
+        "cli.py": {"transformers"},
         "lightning": {"lightning"},
         "accelerate": {"accelerate"},
         "hf_trainer": {"transformers"},
@@ -70,6 +78,11 @@ def test_layers(path):
     elif allowed:
         other_adapters = {"lightning", "accelerate", "hf_trainer"} - {place}
         assert not any(name.split(".")[1] in other_adapters for name in own)
+
+
+def test_nobody_imports_the_command_line():
+    users = {path.name for path in FILES if any(name.startswith("normuon_plugins.cli") for name in imports(path))}
+    assert users == {"__main__.py"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -56,7 +56,7 @@ def test_defaults_of_the_paper():
 
 
 def test_signatures_of_the_doors():
-    assert names(plan_parameters) == ["model", "overrides", "lora"]
+    assert names(plan_parameters) == ["model", "overrides", "lora", "split_fused", "per_head", "strict"]
     assert names(build_normuon) == ["model", "options"]
     assert names(configure_normuon) == ["module", "scheduler", "warmup", "options"]
     assert names(prepare_normuon) == ["accelerator", "model", "others", "options"]

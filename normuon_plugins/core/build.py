@@ -20,7 +20,7 @@ def build_normuon(model: nn.Module, **options: Any) -> NorMuon:
 
     Args:
         model: Any module; wrap or shard it first where the framework wants that.
-        **options: Those of ``plan_parameters`` (``overrides``, ``lora``) and of ``NorMuon`` (``lr``,
+        **options: Those of ``plan_parameters`` (``overrides``, ``lora``, ``split_fused``, ...) and of ``NorMuon`` (``lr``,
             ``weight_decay``, ...). Defaults are theirs.
 
     Raises:

@@ -75,7 +75,6 @@ class ModelFacts:
         last = linears[-1] if linears and not self._heads else None
         self._possible_head = None if last in layers else last
         self._patch_sizes = _patch_sizes(model)
-        self._layers = layers
 
     def is_embedding(self, module: nn.Module) -> bool:
         """Return whether ``module`` is an embedding, or part of what the model calls its input embeddings."""
@@ -90,8 +89,12 @@ class ModelFacts:
         return module is self._possible_head
 
     def reads_patches(self, owner: Owner) -> bool:
-        """Return whether a Linear outside the repeated layers has as many inputs as an image patch has numbers."""
-        return owner.module not in self._layers and getattr(owner.module, "in_features", None) in self._patch_sizes
+        """Return whether a Linear called an embedding has as many inputs as an image patch has numbers.
+
+        The number alone says nothing: a patch of 16 x 16 RGB pixels has 768, as many as a hidden state of ViT.
+        """
+        is_called_so = any("embed" in name for _, name in owner.places())
+        return is_called_so and getattr(owner.module, "in_features", None) in self._patch_sizes
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -158,8 +161,9 @@ def _heads_beside_the_base(module: nn.Module, prefix: str) -> set[nn.Module]:
                 trunk |= set(other.modules())
         heads |= {part for part in module.modules() if is_linear(part) and part not in trunk}
     config = getattr(module, "config", None)
-    widths = {getattr(config, "projection_dim", None), getattr(config, "num_labels", None)}
-    return heads | {part for part in module.children() if is_linear(part) and part.out_features in widths}
+    labels, shared = getattr(config, "num_labels", None), getattr(config, "projection_dim", None)
+    heads |= {part for part in module.modules() if is_linear(part) and part.out_features == labels}
+    return heads | {part for part in module.children() if is_linear(part) and part.out_features == shared}
 
 
 def _vocabulary_heads(model: nn.Module) -> set[nn.Module]:

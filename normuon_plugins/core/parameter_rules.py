@@ -30,7 +30,7 @@ _PATCH_EMBEDDING = re.compile(r"patch_embed(der|ding|dings)?")
 _POSITION_TABLE = re.compile(r"rel(ative)?_pos\w*(bias|table)\w*")
 # Raw parameters of these names are looked up or broadcast, not multiplied with.
 _TABLE = re.compile(
-    r"token|embed|(^|_)(pos|emb|cls|rel_pos\w*|query|queries|latents?\w*|probe|prompt|codevectors|level|mask)(_|$)"
+    r"token|embed|encoding|(^|_)(pos|emb|cls|rel_pos\w*|query|queries|latents?\w*|probe|prompt|codevectors|level|mask)(_|$)"
     r"|pointer|extensor|pad_(up|down|left|right)"
 )
 _FUSED = re.compile(r"(^|_)(qkv\w*|wqkv|query_key_value|kv|gate_up\w*|up_gate\w*)(_|$)", re.IGNORECASE)
@@ -80,8 +80,8 @@ def _other(owner: Owner, parameter: Tensor) -> Decision:
         return Decision(None, "factor of a parametrization")
     if parameter.numel() == max(parameter.shape):
         return Decision(None, f"vector {attribute!r} of {kind}", decay=False)
-    # transformers marks state-space matrices that must not decay (A_log, D of Mamba) with this attribute.
-    if getattr(parameter, "_no_weight_decay", False):
+    # Mamba's own code marks state-space parameters that must not decay with this attribute; on meta, nothing does.
+    if getattr(parameter, "_no_weight_decay", False) or attribute in ("A_log", "D"):
         return Decision(None, f"state-space parameter {attribute!r} of {kind}", decay=False)
     if parameter.shape[0] == 1 or _TABLE.search(attribute) or "Embedding" in kind:
         return Decision(None, f"table or token {attribute!r} of {kind}")

@@ -119,7 +119,7 @@ def test_classifier_of_a_model_without_a_base_is_a_head():
 def test_mamba_keeps_its_projections_and_nothing_else():
     plan = plan_parameters(build("MambaForCausalLM", "MambaConfig", hidden_size=32, num_hidden_layers=1, vocab_size=64))
     assert [row.name.split(".")[-2] for row in plan if row.layout] == ["in_proj", "x_proj", "dt_proj", "out_proj"]
-    assert plan["backbone.layers.0.mixer.A_log"].reason == "not recognised: 'A_log' of MambaMixer"
+    assert plan["backbone.layers.0.mixer.A_log"].reason == "state-space parameter 'A_log' of MambaMixer"
     assert plan["backbone.layers.0.mixer.conv1d.weight"].reason == "Conv1d with one input channel per group"
 
 
