@@ -20,8 +20,8 @@ def build_normuon(model: nn.Module, **options: Any) -> NorMuon:
 
     Args:
         model: Any module; wrap or shard it first where the framework wants that.
-        **options: Those of ``plan_parameters`` (``overrides``, ``lora``, ``split_fused``, ...) and of ``NorMuon`` (``lr``,
-            ``weight_decay``, ...). Defaults are theirs.
+        **options: Those of ``plan_parameters`` (``overrides``, ``lora``, ``split_fused``, ...) and of ``NorMuon``
+            (``lr``, ``weight_decay``, ...). Defaults are theirs.
 
     Raises:
         TypeError: If an option is not known; the message lists those that are.

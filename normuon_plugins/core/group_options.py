@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from normuon_plugins.core.layout import parse_layout
 from normuon_plugins.core.orthogonalize import PRESETS
+from normuon_plugins.core.quantized import is_quantized
 from normuon_plugins.core.update_rules import ADJUST_LR_FNS
 
 DEFAULT_LAYOUT = "o i"
@@ -186,12 +187,16 @@ def check_parameter(parameter: Tensor, group: Mapping[str, Any], name: str) -> N
         name: Its FQN, or its place in the group.
 
     Raises:
-        TypeError: If the dtype is complex or not floating point.
+        TypeError: If the parameter is complex, quantized or not floating point.
         ValueError: If its shape does not fit the layout, or its gradient is sparse.
     """
     if parameter.dtype not in TRAINABLE_DTYPES:
         raise TypeError(
             f"NorMuon trains real floating-point parameters; {name!r} is {parameter.dtype}. Leave it out of the groups."
+        )
+    if is_quantized(parameter):
+        raise TypeError(
+            f"{name!r} is quantized ({type(parameter).__name__}): freeze it, and leave it out of the groups."
         )
     gradient = parameter.grad
     if gradient is not None and gradient.layout != torch.strided:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 # What models without further conventions call their last layer; ``fc`` only at the root (torchvision).
 _HEAD_NAME = re.compile(r"(\w+_)?(heads?|classifier|score|logits)(_\w+)?")
-_ROOT_HEAD_NAME = re.compile(r"fc|output_projection|to_logits|unembed\w*")
+_ROOT_HEAD_NAME = re.compile(r"fc|output|output_projection|to_logits|unembed\w*")
+# What wraps a whole model calls it: DataParallel, LightningModules, PEFT.
+_WRAPPERS = {"module", "model", "base_model"}
 # Projections of one attention head each, not heads of a model (Funnel).
 _NO_HEAD_NAME = re.compile(r"(q|k|v|post|multi|attn|attention)_heads?")
 
@@ -28,28 +30,27 @@ class Owner(NamedTuple):
         name: FQN of the parameter through this place.
         module: The module that holds it.
         attribute: Its name there, such as ``"weight"``.
-        ancestors: The modules above ``module``, the nearest first.
+        ancestors: The modules above ``module``, the nearest first. A copy that PEFT trains in a module's place
+            (``modules_to_save``) stands where the original does, and a layer that it adapts (``base_layer``) where it
+            stood before: what wraps them is left out.
+        path: The name of ``module`` in the first of them, the name of that in the second, ...
     """
 
     name: str
     module: nn.Module
     attribute: str
     ancestors: tuple[nn.Module, ...]
+    path: tuple[str, ...]
 
     def places(self) -> list[tuple[nn.Module | None, str]]:
         """Return what the layer of this parameter is called, and by whom; a raw parameter, what it is called itself.
 
-        A wrapper around a single weight (a convolution with its norm, a copy that PEFT trains) passes for its layer:
-        then there are two places, the nearer first.
+        A wrapper around a single weight (a convolution with its norm) passes for its layer: then there are two places,
+        the nearer first.
         """
         if self.attribute != "weight" or not self.ancestors:
             return [(self.module, self.attribute)]
-        names = self.name.split(".")[-2::-1]
-        above = list(zip(self.ancestors, names, strict=False))
-        if len(above) > 2 and above[1][1] == "modules_to_save":
-            above = above[2:]
-        elif len(above) > 1 and above[0][1] == "base_layer":
-            above = above[1:]
+        above = list(zip(self.ancestors, self.path, strict=True))
         nearest = above[0][0]
         single = len(list(islice((weight for weight in nearest.parameters() if weight.ndim >= 2), 2))) == 1
         return [(holder, name) for holder, name in above[: 2 if single else 1]]
@@ -64,9 +65,9 @@ class ModelFacts:
 
     def __init__(self, model: nn.Module) -> None:
         self.owners: dict[Tensor, list[Owner]] = {}
-        for path, module, ancestors in _walk(model):
+        for prefix, module, ancestors, path in _walk(model):
             for attribute, parameter in module.named_parameters(recurse=False):
-                owner = Owner(f"{path}{attribute}", module, attribute, ancestors)
+                owner = Owner(f"{prefix}{attribute}", module, attribute, ancestors, path)
                 self.owners.setdefault(parameter, []).append(owner)
         layers = _repeated_layers(model)
         self._embeddings = _parts(_asked(model, "get_input_embeddings"))
@@ -117,13 +118,18 @@ def _repeated_layers(model: nn.Module) -> set[nn.Module]:
         if not isinstance(container, (nn.ModuleList, nn.Sequential)):
             continue
         for layer in container.children():
-            if layer not in inside and sum(_is_matrix_layer(part) for part in layer.modules()) > 1:
+            if layer not in inside and _count_matrices(layer) > 1:
                 inside |= set(layer.modules())
     return inside
 
 
-def _is_matrix_layer(module: nn.Module) -> bool:
-    return any(parameter is not None and parameter.ndim >= 2 for parameter in module._parameters.values())
+def _count_matrices(module: nn.Module) -> int:
+    """Return how many layers with a weight matrix ``module`` has; one that PEFT copies or adapts is one."""
+    inner = module._modules.get("original_module" if _copies(module) else "base_layer")
+    if inner is not None:
+        return _count_matrices(inner)
+    own = any(parameter is not None and parameter.ndim >= 2 for parameter in module._parameters.values())
+    return own + sum(_count_matrices(child) for child in module.children() if child is not module)
 
 
 def _output_heads(model: nn.Module, layers: set[nn.Module]) -> set[nn.Module]:
@@ -139,12 +145,19 @@ def _output_heads(model: nn.Module, layers: set[nn.Module]) -> set[nn.Module]:
         if isinstance(prefix, str):  # a Hugging Face model
             heads |= _heads_beside_the_base(module, prefix) - layers
     heads |= _vocabulary_heads(model) - layers
-    for path, module in model.named_modules():
-        name = path.rpartition(".")[2]
-        named = _HEAD_NAME.fullmatch(name) and not _NO_HEAD_NAME.fullmatch(name)
-        if module not in layers and _is_output_layer(module) and (named or _ROOT_HEAD_NAME.fullmatch(path)):
+    for _, module, _, path in _walk(model):
+        if path and module not in layers and _is_output_layer(module) and _is_called_head(path):
             heads.add(module)
     return heads
+
+
+def _is_called_head(path: tuple[str, ...]) -> bool:
+    """Return whether a layer is called a head, or stands in a Sequential of that name."""
+    name = next((name for name in path if not name.isdigit()), "")
+    at_root = set(path[1:]) <= _WRAPPERS
+    return bool(_HEAD_NAME.fullmatch(name) and not _NO_HEAD_NAME.fullmatch(name)) or (
+        at_root and _ROOT_HEAD_NAME.fullmatch(path[0]) is not None
+    )
 
 
 def _is_output_layer(module: nn.Module) -> bool:
@@ -163,7 +176,8 @@ def _heads_beside_the_base(module: nn.Module, prefix: str) -> set[nn.Module]:
     config = getattr(module, "config", None)
     labels, shared = getattr(config, "num_labels", None), getattr(config, "projection_dim", None)
     heads |= {part for part in module.modules() if is_linear(part) and part.out_features == labels}
-    return heads | {part for part in module.children() if is_linear(part) and part.out_features == shared}
+    children = [part for child in module.children() for part in (_copies(child) or {"": child}).values()]
+    return heads | {part for part in children if is_linear(part) and part.out_features == shared}
 
 
 def _vocabulary_heads(model: nn.Module) -> set[nn.Module]:
@@ -195,13 +209,27 @@ def _patch_sizes(model: nn.Module) -> set[int]:
 
 
 def _walk(
-    module: nn.Module, path: str = "", ancestors: tuple[nn.Module, ...] = ()
-) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, ...]]]:
+    module: nn.Module, prefix: str = "", ancestors: tuple[nn.Module, ...] = (), path: tuple[str, ...] = ()
+) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, ...], tuple[str, ...]]]:
     """Yield every place in the tree, shared modules at each of their places, once around any cycle."""
-    yield path, module, ancestors
+    yield prefix, module, ancestors, path
+    if copies := _copies(module):
+        for name, copy in copies.items():
+            yield from _walk(copy, f"{prefix}{name}.", ancestors, path)
+        return
     for name, child in module._modules.items():
-        if child is not None and child is not module and child not in ancestors:
-            yield from _walk(child, f"{path}{name}.", (module, *ancestors))
+        if name == "base_layer" and child is not None:
+            yield from _walk(child, f"{prefix}{name}.", ancestors, path)
+        elif child is not None and child is not module and child not in ancestors:
+            yield from _walk(child, f"{prefix}{name}.", (module, *ancestors), (name, *path))
+
+
+def _copies(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the original and its copies by their names, of PEFT's ``ModulesToSaveWrapper``; else nothing."""
+    original, copies = module._modules.get("original_module"), module._modules.get("modules_to_save")
+    if original is None or not isinstance(copies, nn.ModuleDict):
+        return {}
+    return {"original_module": original} | {f"modules_to_save.{name}": copy for name, copy in copies.items()}
 
 
 def _asked(model: nn.Module, method: str) -> Iterator[nn.Module]:

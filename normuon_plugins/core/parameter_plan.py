@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from normuon_plugins.core.adapter_rules import LORA_POLICIES
+from normuon_plugins.core.adapter_rules import LORA_POLICIES, adapter_decision
 from normuon_plugins.core.decision import Decision
 from normuon_plugins.core.group_options import DEFAULT_LAYOUT, TRAINABLE_DTYPES
 from normuon_plugins.core.layout import parse_layout
@@ -118,6 +119,10 @@ def plan_parameters(
         raise TypeError(f"the plan needs the model itself, an nn.Module; got {type(model).__name__}.")
     if lora not in LORA_POLICIES:
         raise ValueError(f"lora={lora!r} must be one of {LORA_POLICIES}.")
+    if per_head and not split_fused:
+        raise ValueError(
+            "per_head=True divides fused weights into heads, split_fused=False keeps them whole; choose one."
+        )
     _refuse_hidden_shapes(model)
     facts = ModelFacts(model)
     options = PlanOptions(lora, split_fused, per_head)
@@ -136,7 +141,7 @@ def plan_parameters(
         rows.append(
             PlannedParameter(name, shape, algorithm, decision.layout, decision.decay, decision.reason, parameter)
         )
-    _refuse_empty(model, rows)
+    _refuse_empty(model, rows, facts, lora)
     if strict:
         _refuse_unrecognised(rows)
     return ParameterPlan(rows)
@@ -215,9 +220,22 @@ def _refuse_unrecognised(rows: list[PlannedParameter]) -> None:
         )
 
 
-def _refuse_empty(model: nn.Module, rows: list[PlannedParameter]) -> None:
-    """Raise ``ValueError`` when no row is a matrix parameter, saying what was seen instead."""
+def _refuse_empty(model: nn.Module, rows: list[PlannedParameter], facts: ModelFacts, lora: str) -> None:
+    """Raise ``ValueError`` when no row is a matrix parameter, saying what was seen instead.
+
+    Adapters alone are on AdamW because ``lora`` says so: that is a warning.
+    """
     if any(row.algorithm == "normuon" for row in rows):
+        return
+    adapted = [
+        any(adapter_decision(owner, row.parameter, lora) for owner in facts.owners[row.parameter]) for row in rows
+    ]
+    if lora == "adamw" and any(adapted):
+        warnings.warn(
+            "every trainable matrix belongs to an adapter, and lora='adamw' sends those to AdamW: nothing is on"
+            " NorMuon. lora='normuon' or lora='b' puts low-rank factors on it.",
+            stacklevel=3,
+        )
         return
     every = list(model.parameters())
     if not every:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from normuon_plugins import NorMuon, plan_parameters
+from normuon_plugins import NorMuon, build_normuon, plan_parameters
 from normuon_plugins.core.group_options import CHECKS, GROUP_KEYS
 from normuon_plugins.core.step_plan import BATCH_OPTIONS
 from tests.models import tiny_llama
@@ -160,3 +160,43 @@ def test_groups_hold_primitives_of_their_own_algorithm_only():
         assert group["lr"] == (0.1 if group["algorithm"] == "normuon" else 0.2)
         assert ("betas" in group) == (group["algorithm"] == "adamw")
         assert ("momentum" in group) == (group["algorithm"] == "normuon")
+
+
+def _stepped():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    optimizer = build_normuon(model)
+    model(torch.ones(2, 4)).sum().backward()
+    return model, optimizer
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda group: group.pop("layout"), r"needs \['layout'\], which it lost \(group normuon_o_i of '0\.weight'\)"),
+        (lambda group: group.update(algorithm="adamw"), r"needs \['betas'\], which it lost \(group normuon_o_i"),
+        (lambda group: group.pop("algorithm"), r"algorithm=None is not known \(group normuon_o_i"),
+    ],
+)
+def test_a_group_edited_so_that_its_matrices_lost_their_layout_is_refused(edit, message):
+    model, optimizer = _stepped()
+    before = model[0].weight.detach().clone()
+    edit(optimizer.param_groups[0])
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert before.equal(model[0].weight)
+
+
+def test_a_layout_changed_after_the_first_step_is_refused():
+    _, optimizer = _stepped()
+    optimizer.step()
+    optimizer.param_groups[0]["layout"] = "i o"
+    with pytest.raises(ValueError, match=r"'0\.weight' is on normuon with layout 'i o', its state is not"):
+        optimizer.step()
+
+
+def test_a_matrix_moved_to_an_adamw_group_after_the_first_step_is_refused():
+    _, optimizer = _stepped()
+    optimizer.step()
+    optimizer.param_groups[-1]["params"].append(optimizer.param_groups[0]["params"].pop())
+    with pytest.raises(ValueError, match="is on adamw, its state is not"):
+        optimizer.step()

@@ -413,6 +413,59 @@ def test_what_is_no_model_is_refused():
         plan_parameters(nn.Linear(3, 3), overrides=["weight"])
 
 
+def test_vit_has_768_hidden_numbers_and_as_many_in_a_patch():
+    # 16 x 16 x 3: the number alone does not make a patch embedding
+    with torch.device("meta"):
+        found = layouts(transformers.ViTModel(transformers.ViTConfig()))
+    assert found["pooler.dense.weight"] == "o i"
+    assert found["embeddings.patch_embeddings.projection.weight"] is None
+
+
+def test_linear_that_embeds_patches_is_none_of_the_hidden_matrices():
+    found = layouts(build("FuyuForCausalLM", "FuyuConfig"))
+    assert found["model.vision_embed_tokens.weight"] is None
+
+
+def test_strict_names_what_no_rule_recognised():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 6), nn.Bilinear(4, 4, 6))
+    with pytest.raises(
+        ValueError, match=r"(?s)no rule recognised 2 parameters:\n  \{1-2\}\.weight: adamw, not recognised"
+    ):
+        plan_parameters(model, strict=True)
+    assert len(plan_parameters(model, overrides={r"[12]\.weight": "adamw"}, strict=True)) == 6
+    plan_parameters(tiny_llama(), strict=True)
+    with torch.device("meta"):
+        plan_parameters(transformers.MambaForCausalLM(transformers.MambaConfig(num_hidden_layers=1)), strict=True)
+
+
+def test_heads_one_by_one():
+    found = layouts(tiny_llama(), per_head=True)
+    assert found["model.layers.0.self_attn.q_proj.weight"] == "o=8*4 i"
+    assert found["model.layers.0.self_attn.k_proj.weight"] == "o=8+8 i"
+    assert found["model.layers.0.self_attn.o_proj.weight"] == "o i"
+    block = nn.Module()
+    block.query, block.other = nn.Linear(8, 8), nn.Linear(8, 8)
+    assert "heads are not known" in plan_parameters(block, per_head=True)["query.weight"].reason
+    with pytest.raises(ValueError, match="per_head=True divides fused weights"):
+        plan_parameters(tiny_llama(), per_head=True, split_fused=False)
+
+
+def test_a_name_that_looks_fused_and_says_no_more_is_kept_whole_and_said():
+    block = nn.Module()
+    block.fused_qkv = nn.Linear(8, 20)
+    block.qkv = nn.Linear(8, 24)
+    plan = plan_parameters(block)
+    assert plan["fused_qkv.weight"].layout == "o i"
+    assert "nothing tells how: whole matrix" in plan["fused_qkv.weight"].reason
+    assert plan["qkv.weight"].layout == "o=8+8+8 i"  # timm's
+
+
+def test_flat_parameters_are_refused_also_where_they_are_a_part():
+    model = nn.Sequential(nn.Linear(4, 4), flat_fsdp1())
+    with pytest.raises(ValueError, match=r"'1\.flat' is a flat 1-D shard of FSDP1; use FSDP2"):
+        plan_parameters(model)
+
+
 def test_printed_table_folds_layers_and_ends_with_the_shares():
     text = str(plan_parameters(tiny_llama()))
     assert "model.layers.{0-1}.mlp.up_proj.weight" in text
