@@ -23,6 +23,9 @@ TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTransp
 IMAGE_CHANNELS = 4
 # What modules of mixtures call their number of experts.
 EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
+# What they call the stacked weights into and out of the experts' hidden layer; torchtitan follows Llama's w1, w2, w3.
+EXPERT_INPUTS = ("gate_up_proj", "up_proj", "gate_proj", "w1")
+EXPERT_OUTPUTS = ("down_proj", "w2")
 # Begin of the reason of whatever fell to the default.
 NOT_RECOGNISED = "not recognised"
 _ROUTER = re.compile(r"(^|_)(gate|router|switch|wg)$")
@@ -255,5 +258,5 @@ def _experts(owner: Owner, parameter: Tensor, options: PlanOptions) -> Decision 
 def _expert_pair(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """Return the stacked weights into and out of the experts' hidden layer, where a module holds both."""
     stacks = {name: weight for name, weight in module.named_parameters(recurse=False) if weight.ndim == 3}
-    up = next((stacks[name] for name in ("gate_up_proj", "up_proj", "gate_proj") if name in stacks), None)
-    return up, stacks.get("down_proj")
+    up = next((stacks[name] for name in EXPERT_INPUTS if name in stacks), None)
+    return up, next((stacks[name] for name in EXPERT_OUTPUTS if name in stacks), None)

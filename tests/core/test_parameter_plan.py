@@ -413,6 +413,65 @@ def test_what_is_no_model_is_refused():
         plan_parameters(nn.Linear(3, 3), overrides=["weight"])
 
 
+def test_stacked_experts_of_torchtitan():
+    experts = nn.Module()
+    experts.w1, experts.w3 = (nn.Parameter(torch.zeros(4, 6, 8)) for _ in range(2))
+    experts.w2 = nn.Parameter(torch.zeros(4, 8, 6))
+    assert layouts(experts) == {"w1": "e o i", "w2": "e o i", "w3": "e o i"}
+
+
+class TimmAttention(nn.Module):
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.qkv = nn.Linear(dim, dim * 3)
+        self.proj = nn.Linear(dim, dim)
+
+
+class TimmVisionTransformer(nn.Module):
+    """The names and shapes of timm's: raw tokens and positions, a named classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 16))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 5, 16))
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv2d(3, 16, 4, 4)
+        self.blocks = nn.Sequential(*(self.block() for _ in range(2)))
+        self.head = nn.Linear(16, 10)
+
+    @staticmethod
+    def block():
+        block = nn.Module()
+        block.attn = TimmAttention(16, 2)
+        block.mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+        block.ls1 = nn.Module()
+        block.ls1.gamma = nn.Parameter(torch.ones(16))
+        return block
+
+    def get_classifier(self):
+        return self.head
+
+
+def test_timm_like_vision_transformer():
+    plan = plan_parameters(TimmVisionTransformer(), strict=True)
+    found = {row.name: row.layout for row in plan if row.layout}
+    assert set(found) == {
+        f"blocks.{layer}.{name}.weight" for layer in (0, 1) for name in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")
+    }
+    assert found["blocks.0.attn.qkv.weight"] == "o=16+16+16 i"
+    heads = plan_parameters(TimmVisionTransformer(), per_head=True)
+    assert heads["blocks.0.attn.qkv.weight"].layout == "o=8*6 i"
+
+
+def test_last_layers_of_torchvision_and_torchtitan_are_heads():
+    for name in ("fc", "output", "classifier", "heads", "lm_head"):
+        model = nn.Module()
+        model.hidden = nn.Linear(4, 4, bias=False)
+        setattr(model, name, nn.Linear(4, 3, bias=False))
+        assert layouts(model) == {"hidden.weight": "o i", f"{name}.weight": None}
+
+
 def test_vit_has_768_hidden_numbers_and_as_many_in_a_patch():
     # 16 x 16 x 3: the number alone does not make a patch embedding
     with torch.device("meta"):
