@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from normuon_plugins.core.adapter_rules import adapted_weight, adapter_decision
 from normuon_plugins.core.decision import Decision
-from normuon_plugins.core.fused_weights import RAW_PROJECTIONS, Fused, find_fused, find_heads
+from normuon_plugins.core.fused_facts import RAW_PROJECTIONS
+from normuon_plugins.core.fused_weights import Fused, find_fused, find_heads
 from normuon_plugins.core.layout import parse_layout
 from normuon_plugins.core.model_facts import ModelFacts, Owner, is_linear
 

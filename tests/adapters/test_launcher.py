@@ -51,14 +51,14 @@ def launch(command, folder):
 def test_unchanged_script_trains_with_normuon(tmp_path, prefix, world_size):
     (tmp_path / "train.py").write_text(SCRIPT)
     printed = launch([*prefix, "normuon_plugins.hf_trainer", "train.py", *ARGUMENTS], tmp_path)
-    assert printed == ["NorMuon", ["-", "i o"], world_size, "__main__"]
+    assert printed == ["NorMuon", ["-", "i o", "i o=16+16+16"], world_size, "__main__"]
 
 
 def test_module_instead_of_a_script(tmp_path):
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "train.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "normuon_plugins.hf_trainer", "-m", "package.train", *ARGUMENTS]
-    assert launch(command, tmp_path) == ["NorMuon", ["-", "i o"], 1, "__main__"]
+    assert launch(command, tmp_path) == ["NorMuon", ["-", "i o", "i o=16+16+16"], 1, "__main__"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["-m"], ["no_such_script.py"]])
