@@ -141,8 +141,6 @@ def _is_adapter(holder: nn.Module, name: str) -> bool:
 
 
 def _no_factor(name: str, parameter: Tensor) -> Decision:
-    if "magnitude" in name:
-        return Decision(None, "DoRA magnitude", decay=False)
     if "embedding" in name or "token" in name:
         return Decision(None, f"adapter {name!r} of an embedding")
     if parameter.ndim == 0 or parameter.numel() == max(parameter.shape):

@@ -130,9 +130,13 @@ def plan_parameters(
     chosen = _match_overrides({} if overrides is None else overrides, trainable, facts)
     rows = []
     for name, parameter in trainable.items():
-        if parameter.dtype not in TRAINABLE_DTYPES or is_quantized(parameter):
-            kind = f"quantized ({type(parameter).__name__})" if is_quantized(parameter) else str(parameter.dtype)
-            raise ValueError(f"{name!r} requires a gradient but is {kind}; freeze it or cast the model.")
+        if is_quantized(parameter):
+            raise ValueError(
+                f"{name!r} requires a gradient but is quantized ({type(parameter).__name__}, {parameter.dtype}); freeze"
+                " it and train an adapter on it, or load the model without quantization."
+            )
+        if parameter.dtype not in TRAINABLE_DTYPES:
+            raise ValueError(f"{name!r} requires a gradient but is {parameter.dtype}; freeze it or cast the model.")
         decision = decide(parameter, facts, options)
         if name in chosen:
             decision = _apply_override(name, parameter, chosen[name], decision)

@@ -335,6 +335,14 @@ def test_factors_in_multihead_attention():
     assert {decision.layout for decision in found.values()} == {"o i"}
 
 
+def test_the_adapted_weight_in_multihead_attention():
+    model = nn.Sequential()
+    model.attn = nn.MultiheadAttention(16, 2)
+    layer = lora(model, target_modules=["attn"]).base_model.model.attn
+    (owner,) = ModelFacts(layer).owners[layer.lora_B["default"].weight]
+    assert adapted_weight(owner) is layer.base_layer.in_proj_weight
+
+
 def tiny_mixtral():
     torch.manual_seed(0)
     options = {**SMALL, "num_hidden_layers": 1, "num_key_value_heads": 2, "vocab_size": 64}
@@ -481,6 +489,14 @@ def test_a_bare_factor_without_its_partner_is_adamw():
     layer = nn.Module()
     layer.lora_A = nn.Parameter(torch.zeros(2, 8))
     assert decisions(nn.Sequential(layer))["0.lora_A"].layout is None
+
+
+def test_parts_of_a_parametrized_factor_are_adamw():
+    layer = TorchtuneLinear()
+    nn.utils.parametrizations.weight_norm(layer.lora_a)
+    found = decisions(nn.Sequential(layer))
+    assert found["0.lora_a.parametrizations.weight.original1"].layout is None
+    assert found["0.lora_b.weight"].layout == "o i"
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_mixtral])
