@@ -41,6 +41,10 @@ def _parts(count: int) -> Callable[[Any, int], Sizes]:
     return lambda m, neurons: [neurons // count] * count if neurons % count == 0 else ()
 
 
+def _chunks(m: Any, neurons: int) -> Sizes:
+    return _parts(m.num_chunks)(m, neurons)
+
+
 def _turns(size: Callable[[Any], int], count: int = 3) -> Callable[[Any, int], Sizes]:
     """Return the rule of ``count`` equal pieces in a turn."""
     return lambda m, neurons: [size(m)] * count
@@ -56,7 +60,7 @@ def first_number(m: Any, names: Sequence[str]) -> int:
     return 0
 
 
-def _head(m: Any, neurons: int = 0) -> int:
+def _head(m: Any) -> int:
     """Return the neurons of one head of an attention module, 0 if it does not say."""
     size = first_number(m, HEAD_SIZES)
     count = first_number(m, HEAD_COUNTS)
@@ -79,8 +83,23 @@ def _latent_and_rope(m: Any, neurons: int) -> Sizes:
     return [m.kv_lora_rank, m.qk_rope_head_dim]
 
 
+# One head of each block makes a turn, so that these are sizes and heads at once.
+
+
 def _key_and_value(m: Any, neurons: int = 0) -> Sizes:
     return [m.qk_nope_head_dim, m.v_head_dim]
+
+
+def _query_and_gate(m: Any, neurons: int = 0) -> Sizes:
+    return [m.qk_head_dim, m.v_head_dim]
+
+
+def _levit_key_and_value(m: Any, neurons: int = 0) -> Sizes:
+    return [m.key_dim, m.attention_ratio * m.key_dim]
+
+
+def _levit_query_key_value(m: Any, neurons: int = 0) -> Sizes:
+    return [m.key_dim, *_levit_key_and_value(m)]
 
 
 def _value_heads_per_key(m: Any) -> int:
@@ -135,20 +154,8 @@ NAMED = (
     # deberta: view(..., heads, 3 * head).chunk(3)
     Fact("in_proj", ("DisentangledSelfAttention",), _turns(_head), _head, interleaved=True),
     # levit: view(..., heads, -1).split([key_dim, key_dim, attention_ratio * key_dim])
-    Fact(
-        "queries_keys_values",
-        ("LevitAttention",),
-        lambda m, neurons: [m.key_dim, m.key_dim, m.attention_ratio * m.key_dim],
-        lambda m: [m.key_dim, m.key_dim, m.attention_ratio * m.key_dim],
-        interleaved=True,
-    ),
-    Fact(
-        "keys_values",
-        ("LevitAttentionSubsample",),
-        lambda m, neurons: [m.key_dim, m.attention_ratio * m.key_dim],
-        lambda m: [m.key_dim, m.attention_ratio * m.key_dim],
-        interleaved=True,
-    ),
+    Fact("queries_keys_values", ("LevitAttention",), _levit_query_key_value, _levit_query_key_value, interleaved=True),
+    Fact("keys_values", ("LevitAttentionSubsample",), _levit_key_and_value, _levit_key_and_value, interleaved=True),
     # esm (folding): per head
     Fact("proj", ("EsmFoldSelfAttention",), _turns(lambda m: m.head_width), lambda m: m.head_width, interleaved=True),
     Fact(
@@ -169,13 +176,7 @@ NAMED = (
         interleaved=True,
     ),
     # a_x_k2: query and output gate of each head
-    Fact(
-        "q_gate_proj",
-        ("AXK2Attention",),
-        lambda m, neurons: [m.qk_head_dim, m.v_head_dim],
-        lambda m: [m.qk_head_dim, m.v_head_dim],
-        interleaved=True,
-    ),
+    Fact("q_gate_proj", ("AXK2Attention",), _query_and_gate, _query_and_gate, interleaved=True),
     # zamba: view(..., heads, -1, 2): x and its gate alternate
     Fact("in_proj", ("ZambaMambaMixer",), lambda m, neurons: [1, 1], interleaved=True),
     # lfm2, lfm2_moe, lfm3, lfm3_vl: B, C, x = chunk(3)
@@ -222,8 +223,8 @@ NAMED = (
     # qwen2_5_omni, vibevoice, pocket_tts, gradium_phonon_tts: shift, scale and gate of adaptive norms
     Fact("linear", ("Qwen2_5_OmniAdaLayerNormZero",), _parts(6)),
     Fact("linear", ("Qwen2_5_OmniAdaLayerNormZero_Final",), _parts(2)),
-    Fact("linear", ("VibeVoiceDiffusionHeadAdaLayerNorm",), lambda m, neurons: _parts(m.num_chunks)(m, neurons)),
-    Fact("linear_1", ("VibeVoiceDiffusionHeadFinalLayer",), lambda m, neurons: _parts(m.num_chunks)(m, neurons)),
+    Fact("linear", ("VibeVoiceDiffusionHeadAdaLayerNorm",), _chunks),
+    Fact("linear_1", ("VibeVoiceDiffusionHeadFinalLayer",), _chunks),
     Fact(
         "adaln_proj",
         (
@@ -232,7 +233,7 @@ NAMED = (
             "GradiumPhononTTSFlowResBlock",
             "GradiumPhononTTSFlowFinalLayer",
         ),
-        lambda m, neurons: _parts(m.num_chunks)(m, neurons),
+        _chunks,
     ),
     # gated linear units of the audio encoders: nn.GLU, F.glu or chunk(2): value and gate
     Fact(
@@ -275,6 +276,8 @@ NAMED = (
 
 # Facts about modules of any name: the attribute, with those that its sizes are read from, says enough.
 COMMON = (
+    # gpt_oss: gate and up alternate; integrations/moe.py says so of every expert module that it decorates
+    Fact("gate_up_proj", (), lambda m, neurons: [1, 1] if m.is_concatenated is False else (), interleaved=True),
     # phi3 and 12 others, and 66 expert modules: chunk(2)
     Fact("gate_up_proj", (), _parts(2)),
     # deepseek_v3 and 16 others with multi-head latent attention

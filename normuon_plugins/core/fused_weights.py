@@ -87,8 +87,6 @@ def find_fused(holder: nn.Module | None, attribute: str, neurons: int) -> Fused 
     for fact in (*NAMED, *COMMON):
         if attribute != fact.attribute or (fact.holders and not classes & set(fact.holders)):
             continue
-        if attribute == "gate_up_proj" and getattr(holder, "is_concatenated", True) is False:
-            return Fused((1, 1), True, (0, 0))  # transformers says it of every expert module: gate and up alternate
         try:
             sizes = tuple(int(size) for size in fact.sizes(holder, neurons) if size)
             heads = fact.heads(holder) if fact.heads else 0
