@@ -31,6 +31,7 @@ MEETING_POINTS = {
     "step.py",
     "optimizer_state.py",
     "exchange_report.py",
+    "metrics.py",
 }
 
 

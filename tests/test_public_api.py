@@ -21,6 +21,7 @@ def test_top_level_names():
         "NorMuon",
         "ParameterPlan",
         "build_normuon",
+        "clip_grad_norm_",
         "plan_exchange",
         "plan_parameters",
     ]

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from normuon_plugins.core.lost_parameters import watch_for_lost_parameters
 from normuon_plugins.core.optimizer import NorMuon
 from normuon_plugins.core.parameter_plan import plan_parameters
 
@@ -26,10 +27,15 @@ def build_normuon(model: nn.Module, **options: Any) -> NorMuon:
     Raises:
         TypeError: If an option is not known; the message lists those that are.
         ValueError: See ``plan_parameters`` and ``NorMuon``.
+
+    The first step raises ``RuntimeError`` if the model lost a parameter that was planned: it was sharded or replaced in
+    between, and the optimizer would train nothing.
     """
     unknown = sorted(options.keys() - {*PLAN_OPTIONS, *OPTIMIZER_OPTIONS})
     if unknown:
         raise TypeError(f"unknown options {unknown}; known are {sorted({*PLAN_OPTIONS, *OPTIMIZER_OPTIONS})}.")
     plan_options = {name: options.pop(name) for name in PLAN_OPTIONS if name in options}
     plan = plan_parameters(model, **plan_options)
-    return NorMuon(plan.param_groups(), **options)
+    optimizer = NorMuon(plan.param_groups(), **options)
+    watch_for_lost_parameters(optimizer, model, [row.name for row in plan])
+    return optimizer

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from normuon_plugins.core.layout import Layout
+from normuon_plugins.core.metrics import NeuronRecord
 from normuon_plugins.core.orthogonalize import orthogonalize
 from normuon_plugins.core.stacks import Stack
 from normuon_plugins.core.step_plan import Team
@@ -84,6 +85,41 @@ class StoredMatrix:
             weight.add_(direction, alpha=-lr)
 
 
+class Directions:
+    """The mathematics of one step, and what it leaves for ``NorMuon.metrics``.
+
+    Args:
+        orthogonalize_fn: Replaces Newton-Schulz; None uses the group's options.
+
+    Attributes:
+        records: One per batch so far.
+    """
+
+    def __init__(self, orthogonalize_fn: Orthogonalize | None) -> None:
+        self._orthogonalize_fn = orthogonalize_fn
+        self.records: list[NeuronRecord] = []
+
+    def __call__(self, update: Tensor, neurons: Tensor, stack: Stack, group: Mapping[str, Any]) -> Tensor:
+        """Return the direction of one batch, with the options that all its matrices share."""
+        found = normuon_direction(
+            update,
+            neurons,
+            orthogonalize=self._orthogonalize_fn
+            or partial(
+                orthogonalize,
+                ns_coefficients=group["ns_coefficients"],
+                ns_steps=group["ns_steps"],
+                ns_dtype=stack.dtype,
+            ),
+            normalize=group["normalize_neurons"],
+            beta2=group["beta2"],
+            eps=group["eps"],
+            adjust_lr_fn=group["adjust_lr_fn"],
+        )
+        self.records.append(NeuronRecord.of(found, group["lr"]))
+        return found.direction
+
+
 class _Visit:
     """One bucket during one step: the whole matrices of this rank, before and after the mathematics.
 
@@ -134,12 +170,12 @@ class _Visit:
         """See ``StoredMatrix.write``."""
         self.stored[self.bucket.stacks[item].parameter].write(field, cut, value)
 
-    def compute(self, orthogonalize_fn: Orthogonalize | None) -> None:
+    def compute(self, directions: Directions) -> None:
         """Turn every update into its direction."""
         while self._batches:
             items, update, neurons = self._batches.pop()
             stack = self.bucket.stacks[items[0]]
-            direction = _direction(update, neurons, stack, self.stored[stack.parameter].group, orthogonalize_fn)
+            direction = directions(update, neurons, stack, self.stored[stack.parameter].group)
             self._show(items, direction, neurons)
 
     def release(self) -> None:
@@ -147,37 +183,16 @@ class _Visit:
         self._views.clear()
 
 
-def _direction(
-    update: Tensor, neurons: Tensor, stack: Stack, group: Mapping[str, Any], orthogonalize_fn: Orthogonalize | None
-) -> Tensor:
-    """Apply the mathematics to one batch, with the options that all its matrices share."""
-    return normuon_direction(
-        update,
-        neurons,
-        orthogonalize=orthogonalize_fn
-        or partial(
-            orthogonalize,
-            ns_coefficients=group["ns_coefficients"],
-            ns_steps=group["ns_steps"],
-            ns_dtype=stack.dtype,
-        ),
-        normalize=group["normalize_neurons"],
-        beta2=group["beta2"],
-        eps=group["eps"],
-        adjust_lr_fn=group["adjust_lr_fn"],
-    )
-
-
 def step_local(
     bucket: Bucket,
     stored: Mapping[int, StoredMatrix],
     alive: Container[int],
-    orthogonalize_fn: Orthogonalize | None,
+    directions: Directions,
 ) -> None:
     """Step the matrices of a bucket that needs no message; parameters that are not ``alive`` are left alone."""
     visit = _Visit(bucket, stored, alive)
     bucket.exchange.gather_own(visit.read, visit.whole, visit.chosen)
-    visit.compute(orthogonalize_fn)
+    visit.compute(directions)
     bucket.exchange.keep_own(visit.whole, visit.write, visit.chosen)
 
 
@@ -187,13 +202,13 @@ class TeamStep:
     Args:
         team: Its plan.
         stored: Its matrix parameters, by number.
-        orthogonalize_fn: Replaces Newton-Schulz; None uses the group's options.
+        directions: The mathematics of this step.
     """
 
-    def __init__(self, team: Team, stored: Mapping[int, StoredMatrix], orthogonalize_fn: Orthogonalize | None) -> None:
+    def __init__(self, team: Team, stored: Mapping[int, StoredMatrix], directions: Directions) -> None:
         self._team = team
         self._stored = stored
-        self._orthogonalize_fn = orthogonalize_fn
+        self._directions = directions
         self._outgoing: Pending | None = None
 
     def start(self, present: Container[int]) -> None:
@@ -224,7 +239,7 @@ class TeamStep:
             bucket.exchange.finish_to_owners(arriving, visit.whole, visit.chosen)
             del arriving
             bucket.exchange.gather_own(visit.read, visit.whole, visit.chosen)
-            visit.compute(self._orthogonalize_fn)
+            visit.compute(self._directions)
             for part in range(bucket.exchange.parts):
                 returning()
                 back = bucket.exchange.start_to_shards(part, visit.whole, visit.chosen, bucket.device)

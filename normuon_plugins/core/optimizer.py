@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, overload
 
@@ -19,9 +20,15 @@ from normuon_plugins.core.group_options import (
     complete_group,
     parameter_name,
 )
+from normuon_plugins.core.metrics import NeuronRecord, group_metrics, neuron_metrics, synchronized_neuron_metrics
 from normuon_plugins.core.optimizer_state import check_loadable, check_state, create_state, restore_float32
 from normuon_plugins.core.step import find_nonfinite, local_gradients, take_step
 from normuon_plugins.core.step_plan import Member, StepPlan, plan_step, sign
+
+NOTHING_TO_LEARN = (
+    "None of the {} parameters of this optimizer has a gradient at its first step. If the model was sharded or replaced"
+    " after the optimizer was built, it trains other ones: build the optimizer afterwards."
+)
 
 
 class NorMuon(Optimizer):
@@ -95,6 +102,7 @@ class NorMuon(Optimizer):
 
     skipped_steps: int = 0
     _plan: StepPlan | None = None
+    _records: Sequence[NeuronRecord] = ()
 
     def __init__(
         self,
@@ -222,12 +230,41 @@ class NorMuon(Optimizer):
         members = self._check_trainable()
         plan = self._plan_step(members)
         gradients = local_gradients(members)
+        if members and not gradients and not self.state:
+            warnings.warn(NOTHING_TO_LEARN.format(len(members)), stacklevel=3)  # 3: past torch's wrapper of step
         skipped = self._find_nonfinite(plan, members, gradients)
         for parameter, group, _ in members:
             if parameter not in self.state:
                 self.state[parameter] = create_state(parameter, group)
-        take_step(plan, members, gradients, self.state, skipped, self.defaults["orthogonalize_fn"])
+        self._records = take_step(plan, members, gradients, self.state, skipped, self.defaults["orthogonalize_fn"])
         return loss
+
+    def metrics(self, *, synchronize: bool = False) -> dict[str, float | Tensor]:
+        """Return what the last step did, for a log.
+
+        Args:
+            synchronize: Without it nothing waits for a device or for other ranks: numbers about neurons are tensors of
+                one element, and those of the matrices that this rank computed. With it they are floats over all
+                matrices, from one collective that every rank must join.
+
+        Returns:
+            - ``normuon/lr``, ``adamw/lr``: learning rate of the first group of each kind, as it is now;
+            - ``normuon/share``: of all trainable numbers, those on NorMuon;
+            - ``normuon/skipped``: ``skipped_steps``;
+            - ``normuon/update_rms``: root mean square of what ``lr`` multiplied, 0.2 with the default scaling;
+            - ``normuon/neuron_lr_min``, ``_mean``, ``_max``: effective learning rate of a neuron, ``lr`` times what its
+              row of the orthogonalized update was multiplied by;
+            - ``normuon/neuron_spread_before``, ``_after``: standard deviation over mean of the norms of a matrix's
+              neurons in the update, before and after the neuron step; a mean over matrices.
+
+            Those after ``skipped`` exist once a matrix was stepped.
+        """
+        known = {**group_metrics(self.param_groups), "normuon/skipped": float(self.skipped_steps)}
+        if not synchronize:
+            return {**known, **neuron_metrics(self._records)}
+        parameter = next(parameter for group in self.param_groups for parameter in group["params"])
+        floats = {name: float(value) for name, value in known.items()}
+        return {**floats, **synchronized_neuron_metrics(self._records, parameter)}
 
     def _check_trainable(self) -> list[Member]:
         """Return every parameter that requires a gradient; raise if any of them cannot be stepped."""

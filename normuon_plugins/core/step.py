@@ -10,7 +10,8 @@ from torch import Tensor
 
 from normuon_plugins.core.adamw_step import step_adamw
 from normuon_plugins.core.layout import parse_layout
-from normuon_plugins.core.matrix_step import Orthogonalize, StoredMatrix, TeamStep, step_local
+from normuon_plugins.core.matrix_step import Directions, Orthogonalize, StoredMatrix, TeamStep, step_local
+from normuon_plugins.core.metrics import NeuronRecord
 from normuon_plugins.core.step_plan import Member, StepPlan
 from normuon_plugins.distributed.agreement import any_rank
 from normuon_plugins.distributed.placement import gradient_block, local
@@ -50,8 +51,8 @@ def take_step(
     states: Mapping[Tensor, Mapping[str, Tensor]],
     skipped: Container[int],
     orthogonalize_fn: Orthogonalize | None,
-) -> None:
-    """Step every parameter that has a gradient on any rank.
+) -> list[NeuronRecord]:
+    """Step every parameter that has a gradient on any rank; return what the neurons of this rank's matrices did.
 
     The first message leaves, then everything runs that needs none: AdamW, and matrices that lie whole on this rank.
     Then the rounds follow, each of them multiplied while the next one travels.
@@ -64,14 +65,15 @@ def take_step(
         skipped: Numbers of parameters to leave alone, the same on every rank.
         orthogonalize_fn: Replaces Newton-Schulz; None uses the group's options.
     """
-    step = _Step(plan, members, gradients, states, orthogonalize_fn)
+    directions = Directions(orthogonalize_fn)
+    step = _Step(plan, members, gradients, states, directions)
     present = {number for number in gradients if number not in skipped}
     step.advance_momenta(present)
     teams = [team for team in plan.teams if team.rounds]
     if not teams:
         step.step_here(present)
     for index, team in enumerate(teams):
-        matrices = TeamStep(team, step.stored, orthogonalize_fn)
+        matrices = TeamStep(team, step.stored, directions)
         matrices.start(present)
         if index == 0:
             step.step_here(present)
@@ -79,6 +81,7 @@ def take_step(
         step.advance_momenta(late)
         step.step_here(late)
         matrices.finish(present | late)
+    return directions.records
 
 
 class _Step:
@@ -90,13 +93,13 @@ class _Step:
         members: Sequence[Member],
         gradients: Mapping[int, Tensor],
         states: Mapping[Tensor, Mapping[str, Tensor]],
-        orthogonalize_fn: Orthogonalize | None,
+        directions: Directions,
     ) -> None:
         self._plan = plan
         self._members = members
         self._gradients = gradients
         self._states = [{key: local(state) for key, state in states[member.parameter].items()} for member in members]
-        self._orthogonalize_fn = orthogonalize_fn
+        self._directions = directions
         self.stored = {
             number: _stored(member, self._states[number], gradients.get(number))
             for number, member in enumerate(members)
@@ -119,7 +122,7 @@ class _Step:
         for _, same_group in groupby(others, key=lambda number: id(self._members[number].group)):
             self._step_adamw(list(same_group))
         for bucket in self._plan.local:
-            step_local(bucket, self.stored, numbers, self._orthogonalize_fn)
+            step_local(bucket, self.stored, numbers, self._directions)
 
     def _step_adamw(self, numbers: list[int]) -> None:
         parameters = [local(self._members[number].parameter) for number in numbers]

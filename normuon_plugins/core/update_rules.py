@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,68 +38,89 @@ def nesterov_update(momentum_buffer: Tensor, gradient: Tensor, *, momentum: floa
     return gradient.to(momentum_buffer.dtype).lerp(momentum_buffer, momentum)
 
 
-def normalize_neurons(update: Tensor, second_momentum_buffer: Tensor, *, beta2: float, eps: float) -> Tensor:
-    """Divide every row by the running RMS of that row.
+def neuron_rms(orthogonalized: Tensor) -> Tensor:
+    """Return the root mean square of every row: shape ``(..., m, 1)`` for ``(..., m, n)``, in float32 or wider."""
+    dtype = torch.promote_types(orthogonalized.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(orthogonalized, dim=-1, keepdim=True, dtype=dtype)
+    return norm.div_(math.sqrt(orthogonalized.shape[-1]))
+
+
+def neuron_scale(rms: Tensor, second_momentum_buffer: Tensor, *, beta2: float, eps: float) -> Tensor:
+    """Return what every row is multiplied by: one over its running RMS.
 
     Orthogonalized updates have rows of unequal norm; this gives each neuron its own step size
-    (NorMuon, https://arxiv.org/abs/2510.05491, Algorithm 1). The caller restores the norm of the whole matrix.
+    (NorMuon, https://arxiv.org/abs/2510.05491, Algorithm 1). ``matrix_scale`` restores the size of the whole matrix.
 
     Args:
-        update: Orthogonalized update, shape ``(..., rows, cols)``. Not modified.
-        second_momentum_buffer: EMA of each row's mean square, shape ``(..., rows, 1)``, float32. Modified in place.
+        rms: Of each row of the orthogonalized update, shape ``(..., m, 1)``, see ``neuron_rms``. Not modified.
+        second_momentum_buffer: EMA of each row's mean square, shape of ``rms``, float32. Modified in place.
         beta2: Decay per step, in ``[0, 1)``. No bias correction, as in the paper.
         eps: Added to the root, in units of the update.
 
     Returns:
-        New tensor, shape and dtype of ``update``. A row of zeros stays zero.
+        New tensor, shape and dtype of ``rms``, finite also for rows that were always zero.
 
     Raises:
         ValueError: If the shapes disagree.
 
     Example:
-        >>> normalize_neurons(torch.eye(2), torch.zeros(2, 1), beta2=0.0, eps=0.0)
-        tensor([[1.4142, 0.0000],
-                [0.0000, 1.4142]])
+        >>> neuron_scale(torch.tensor([[0.5], [2.0]]), torch.zeros(2, 1), beta2=0.0, eps=0.0)
+        tensor([[2.0000],
+                [0.5000]])
     """
-    if second_momentum_buffer.shape != (*update.shape[:-1], 1):
+    if second_momentum_buffer.shape != rms.shape:
         raise ValueError(
-            f"update {tuple(update.shape)} needs a second_momentum_buffer {(*update.shape[:-1], 1)}; "
+            f"rows of RMS {tuple(rms.shape)} need a second_momentum_buffer like it; "
             f"got {tuple(second_momentum_buffer.shape)}."
         )
-    dtype = torch.promote_types(update.dtype, torch.float32)
-    mean_square = torch.linalg.vector_norm(update, dim=-1, keepdim=True, dtype=dtype).square_().div_(update.shape[-1])
-    second_momentum_buffer.lerp_(mean_square.to(second_momentum_buffer.dtype), 1 - beta2)
+    second_momentum_buffer.lerp_(rms.square().to(second_momentum_buffer.dtype), 1 - beta2)
     # With eps=0 a row that was always zero would be 0 / 0.
     tiny = torch.finfo(second_momentum_buffer.dtype).tiny
-    return update.div(second_momentum_buffer.sqrt().add_(eps).clamp_min_(tiny)).to(update.dtype)
+    return second_momentum_buffer.to(rms.dtype).sqrt().add_(eps).clamp_min_(tiny).reciprocal_()
 
 
-def rescale(normalized: Tensor, orthogonalized: Tensor, *, adjust_lr_fn: str) -> Tensor:
-    """Give the whole matrix back its size, so that one learning rate serves all shapes.
+def matrix_scale(rms_before: Tensor, rms_after: Tensor, cols: int, *, adjust_lr_fn: str) -> Tensor:
+    """Return what the whole matrix is multiplied by, so that one learning rate serves all shapes.
 
     Args:
-        normalized: Update after the neuron step, shape ``(..., m, n)``. Modified in place.
-        orthogonalized: Update before the neuron step, same shape. Not modified; may be ``normalized`` itself.
+        rms_before: RMS of each row before the neuron step, shape ``(..., m, 1)``.
+        rms_after: The same after it.
+        cols: ``n``, the length of a row.
         adjust_lr_fn: ``"match_rms_adamw"``: to an RMS of 0.2, AdamW's (the paper). ``"original"``: to the norm
             before the neuron step, times ``sqrt(max(1, m / n))`` (the authors' code, Keller Jordan's factor).
 
     Returns:
-        ``normalized``. Zero stays zero.
+        Shape ``(..., 1, 1)``, finite.
 
     Raises:
         ValueError: If ``adjust_lr_fn`` is not known.
     """
-    m, n = normalized.shape[-2:]
-    norm = _frobenius_norm(normalized)
+    rows = rms_after.shape[-2]
+    norm: Tensor = torch.linalg.vector_norm(rms_after, dim=-2, keepdim=True)  # of the matrix, divided by sqrt(n)
     if adjust_lr_fn == "match_rms_adamw":
-        size = torch.full_like(norm, ADAMW_UPDATE_RMS * math.sqrt(m * n))
+        size = torch.full_like(norm, ADAMW_UPDATE_RMS * math.sqrt(rows))
     elif adjust_lr_fn == "original":
-        size = _frobenius_norm(orthogonalized) * math.sqrt(max(1.0, m / n))
+        size = torch.linalg.vector_norm(rms_before, dim=-2, keepdim=True) * math.sqrt(max(1.0, rows / cols))
     else:
         raise ValueError(f"adjust_lr_fn={adjust_lr_fn!r} is not known; use one of {ADJUST_LR_FNS}.")
     # The factor stays finite, since zero times infinity is NaN: torch's checkpointing steps once with zero gradients.
     limits = torch.finfo(norm.dtype)
-    return normalized.mul_((size / norm.clamp_min(limits.tiny)).clamp_max_(limits.max))
+    scale: Tensor = (size / norm.clamp_min(limits.tiny)).clamp_max_(limits.max)
+    return scale
+
+
+class Direction(NamedTuple):
+    """Where a batch of matrices goes, and each neuron's part in it.
+
+    Attributes:
+        direction: Shape ``(batch, m, n)``; the parameter moves by ``-lr`` times it.
+        rms: RMS of each row of the orthogonalized update, shape ``(batch, m, 1)``, float32 or wider.
+        scale: What each row was multiplied by, shape and dtype of ``rms``.
+    """
+
+    direction: Tensor
+    rms: Tensor
+    scale: Tensor
 
 
 def normuon_direction(
@@ -110,20 +132,22 @@ def normuon_direction(
     beta2: float,
     eps: float,
     adjust_lr_fn: str,
-) -> Tensor:
+) -> Direction:
     """Turn momentum into the direction that ``lr`` multiplies: orthogonalize, neuron step, rescale.
+
+    The two scales are found from the RMS of the rows alone, so that the matrices are read once and written once.
 
     Args:
         update: Momentum, shape ``(batch, m, n)``: matrices of one shape. Not modified.
         second_momentum_buffer: Shape ``(batch, m, 1)``, float32. Modified in place, unless ``normalize`` is False.
         orthogonalize: Function of ``update`` that returns a new tensor of its shape and dtype.
         normalize: False leaves the neuron step out: plain Muon.
-        beta2: See ``normalize_neurons``.
-        eps: See ``normalize_neurons``.
-        adjust_lr_fn: See ``rescale``.
+        beta2: See ``neuron_scale``.
+        eps: See ``neuron_scale``.
+        adjust_lr_fn: See ``matrix_scale``.
 
     Returns:
-        New tensor, shape and dtype of ``update``. The parameter moves by ``-lr`` times it.
+        A ``Direction``, new tensors. Rows of zeros stay zero.
 
     Raises:
         ValueError: If ``orthogonalize`` returns another shape or dtype.
@@ -134,14 +158,8 @@ def normuon_direction(
             f"orthogonalize_fn must return a tensor like its input, {tuple(update.shape)} {update.dtype};"
             f" it returned {tuple(orthogonalized.shape)} {orthogonalized.dtype}."
         )
-    if not normalize:
-        return rescale(orthogonalized, orthogonalized, adjust_lr_fn=adjust_lr_fn)
-    normalized = normalize_neurons(orthogonalized, second_momentum_buffer, beta2=beta2, eps=eps)
-    return rescale(normalized, orthogonalized, adjust_lr_fn=adjust_lr_fn)
-
-
-def _frobenius_norm(matrices: Tensor) -> Tensor:
-    """Return the norm of each matrix, shape ``(..., 1, 1)``, in float32 or wider."""
-    dtype = torch.promote_types(matrices.dtype, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=dtype)
-    return norm
+    rms = neuron_rms(orthogonalized)
+    scale = neuron_scale(rms, second_momentum_buffer, beta2=beta2, eps=eps) if normalize else torch.ones_like(rms)
+    scale = scale * matrix_scale(rms, rms * scale, update.shape[-1], adjust_lr_fn=adjust_lr_fn)
+    scale.clamp_max_(torch.finfo(scale.dtype).max)  # two finite factors of a row of zeros
+    return Direction(orthogonalized.mul_(scale), rms, scale)

@@ -1,4 +1,4 @@
-"""What ranks must agree on before they exchange anything: one collective each, the same on every rank."""
+"""What ranks tell each other besides matrices: one collective each, the same on every rank."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 def create_group(ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
@@ -53,3 +54,17 @@ def any_rank(flags: Sequence[bool], group: dist.ProcessGroup, device: torch.devi
     found = torch.tensor(flags, dtype=torch.int32, device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
     return [bool(flag) for flag in found.tolist()]
+
+
+def gather_rows(row: Tensor) -> list[list[float]]:
+    """Return the row of every rank of the default process group, which all call this; without one, this rank's alone.
+
+    Args:
+        row: Shape ``(width,)``, on a device that the group's backend moves.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return [row.tolist()]
+    every = [torch.empty_like(row) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, row)
+    rows: list[list[float]] = torch.stack(every).tolist()
+    return rows

@@ -195,6 +195,17 @@ def gradient_block(gradient: Tensor, parameter: Tensor) -> Tensor:
     return local(gradient)
 
 
+def sharding_groups(tensor: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    """Return the groups of ranks that hold different shards of a tensor: one per mesh dimension that shards it."""
+    if not isinstance(tensor, DTensor):
+        return ()
+    return tuple(
+        tensor.device_mesh.get_group(dim)
+        for dim, placement in enumerate(tensor.placements)
+        if not isinstance(placement, Replicate)
+    )
+
+
 def companion_placements(
     placements: Sequence[Placement], shape: Sequence[int], companion: Sequence[int]
 ) -> tuple[Placement, ...]:

@@ -1,0 +1,60 @@
+"""Whether an optimizer still trains its model, asked once, at the first step.
+
+Frameworks put new parameters in place of those that an optimizer was built on: when they shard a model, or bring it
+from the meta device. An optimizer that was not told goes on with the old ones, which never get a gradient; nothing
+fails, and nothing is learned.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+
+def watch_for_lost_parameters(optimizer: Optimizer, model: nn.Module, names: Sequence[str]) -> None:
+    """Make the first step raise ``RuntimeError`` where a parameter of ``names`` is no longer the model's.
+
+    Args:
+        optimizer: Its groups have ``param_names``. The check leaves it after the first step, and does not travel with
+            copies or through pickle.
+        model: The model it was built for; not kept alive.
+        names: FQNs of the parameters to ask about. Others, added later, may belong to no model.
+    """
+    watched = weakref.ref(model)
+    planned = set(names)
+
+    def check(stepped: Optimizer, *_: Any) -> None:
+        current = watched()
+        if current is not None:
+            lost = _lost(stepped, current, planned)
+            if lost:
+                raise RuntimeError(_message(lost, len(planned)))
+        handle.remove()
+
+    handle = optimizer.register_step_pre_hook(check)
+
+
+def _lost(optimizer: Optimizer, model: nn.Module, planned: set[str]) -> list[str]:
+    """Return the names of planned parameters that the optimizer has and the model has not."""
+    owned = {id(parameter) for parameter in model.parameters()}
+    return [
+        name
+        for group in optimizer.param_groups
+        for name, parameter in zip(group.get("param_names", ()), group["params"], strict=True)
+        if name in planned and id(parameter) not in owned
+    ]
+
+
+def _message(lost: Sequence[str], planned: int) -> str:
+    which = repr(lost[0]) if len(lost) == 1 else f"{lost[0]!r} and {len(lost) - 1} more"
+    return (
+        f"{which} of the {planned} parameters of this optimizer are no longer the model's: the model was sharded or"
+        " replaced after the optimizer was built, and would train without it. Build the optimizer afterwards. Fabric:"
+        " model = fabric.setup_module(model), then fabric.setup_optimizers(build_normuon(model)). Accelerate:"
+        " prepare_normuon(accelerator, model), or prepare(model, optimizer) in one call. fully_shard(model), then"
+        " build_normuon(model)."
+    )

@@ -1,0 +1,108 @@
+"""What the last step did, in numbers for a log: learning rates, the size of the update, how unequal the neurons are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from normuon_plugins.core.update_rules import Direction
+from normuon_plugins.distributed.agreement import gather_rows
+from normuon_plugins.distributed.placement import compute_device
+
+# What NeuronRecord.totals returns: so many sums, then so many largest values.
+SUMS, MAXIMA = 7, 2
+
+
+class NeuronRecord(NamedTuple):
+    """What is remembered of a batch of matrices until the next step: two values per neuron, no copy of a matrix.
+
+    Attributes:
+        rms: RMS of each row of the orthogonalized update, shape ``(batch, m, 1)``.
+        scale: What each row was multiplied by, shape of ``rms``.
+        cols: Length of a row.
+        lr: Learning rate of the step.
+    """
+
+    rms: Tensor
+    scale: Tensor
+    cols: int
+    lr: float | Tensor
+
+    @classmethod
+    def of(cls, direction: Direction, lr: float | Tensor) -> NeuronRecord:
+        """Keep the small parts of ``direction``."""
+        return cls(direction.rms, direction.scale, direction.direction.shape[-1], lr)
+
+    def totals(self) -> Tensor:
+        """Return what adds up over batches and ranks, shape ``(9,)``, float32, on the batch's device.
+
+        ``SUMS`` sums: matrices, numbers, neurons, spreads before and after the neuron step, squares of the direction,
+        rates. Then two maxima: of the rates, and of minus the rates.
+        """
+        before = self.rms.float().squeeze(-1)
+        scale = self.scale.float().squeeze(-1)
+        after, rates = before * scale, scale * self.lr
+        matrices, neurons = before.shape[0], before.numel()
+        counts = before.new_tensor([matrices, neurons * self.cols, neurons])
+        squares = after.square().sum() * self.cols
+        found = [_spread(before), _spread(after), squares, rates.sum(), rates.max(), -rates.min()]
+        return torch.cat([counts, torch.stack(found)])
+
+
+def _spread(rms: Tensor) -> Tensor:
+    """Return the sum over matrices of the standard deviation over the mean of their rows, from ``(matrices, rows)``."""
+    mean = rms.mean(dim=1).clamp_min(torch.finfo(rms.dtype).tiny)
+    return (rms.std(dim=1, correction=0) / mean).sum()
+
+
+def group_metrics(param_groups: Sequence[Mapping[str, Any]]) -> dict[str, float | Tensor]:
+    """Return the learning rate of each algorithm's first group, and the share of trainable numbers on NorMuon."""
+    rates: dict[str, float | Tensor] = {}
+    sizes = {"normuon": 0, "adamw": 0}
+    for group in param_groups:
+        rates.setdefault(f"{group['algorithm']}/lr", group["lr"])
+        sizes[group["algorithm"]] += sum(p.numel() for p in group["params"] if p.requires_grad)
+    return {**rates, "normuon/share": sizes["normuon"] / max(1, sum(sizes.values()))}
+
+
+def neuron_metrics(records: Sequence[NeuronRecord]) -> dict[str, Tensor]:
+    """Return what the last step did to the neurons of the matrices that this rank computed, on their device."""
+    return _describe(_sum(records).unbind()) if records else {}
+
+
+def synchronized_neuron_metrics(records: Sequence[NeuronRecord], parameter: Tensor) -> dict[str, float]:
+    """Return what the last step did to the neurons of all matrices; every rank calls this.
+
+    Args:
+        records: Of the matrices that this rank computed.
+        parameter: Any parameter; says on which device ranks talk.
+    """
+    device = compute_device(parameter)
+    row = _sum(records).to(device) if records else torch.zeros(SUMS + MAXIMA, device=device)
+    rows = [row for row in gather_rows(row) if row[0]]
+    return _describe(_merge(torch.tensor(rows, dtype=torch.float64)).tolist()) if rows else {}
+
+
+def _sum(records: Sequence[NeuronRecord]) -> Tensor:
+    device = records[0].rms.device
+    return _merge(torch.stack([record.totals().to(device) for record in records]))
+
+
+def _merge(rows: Tensor) -> Tensor:
+    """Return one row of totals for several."""
+    return torch.cat([rows[:, :SUMS].sum(dim=0), rows[:, SUMS:].amax(dim=0)])
+
+
+def _describe(totals: Sequence[Any]) -> dict[str, Any]:
+    matrices, numbers, neurons, before, after, squares, rates, largest, minus_smallest = totals
+    return {
+        "normuon/update_rms": (squares / numbers) ** 0.5,
+        "normuon/neuron_lr_min": -minus_smallest,
+        "normuon/neuron_lr_mean": rates / neurons,
+        "normuon/neuron_lr_max": largest,
+        "normuon/neuron_spread_before": before / matrices,
+        "normuon/neuron_spread_after": after / matrices,
+    }

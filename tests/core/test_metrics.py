@@ -1,0 +1,104 @@
+"""The numbers of NorMuon.metrics, against the same numbers computed from the weights and from the paper."""
+
+import pytest
+import torch
+from torch import nn
+
+from normuon_plugins import NorMuon, build_normuon
+from tests.models import tiny_llama, token_blocks
+
+NEURONS = {f"normuon/{key}" for key in ("update_rms", "neuron_lr_min", "neuron_lr_mean", "neuron_lr_max")}
+NEURONS |= {"normuon/neuron_spread_before", "normuon/neuron_spread_after"}
+
+
+def stepped(weight, **options):
+    """Return an optimizer after one step on a matrix, and the momentum that step orthogonalized."""
+    torch.manual_seed(0)
+    weight.grad = torch.randn_like(weight)
+    optimizer = NorMuon([("weight", weight)], ns_dtype="float32", **{"lr": 0.5, "weight_decay": 0.0, **options})
+    optimizer.step()
+    return optimizer
+
+
+def test_before_the_first_step_there_are_rates_and_the_share():
+    model = tiny_llama()
+    found = build_normuon(model, lr=0.1, adamw_lr=0.02).metrics()
+    matrices = sum(p.numel() for name, p in model.named_parameters() if "_proj" in name)
+    share = matrices / sum(p.numel() for p in model.parameters())
+    assert found == {"normuon/lr": 0.1, "adamw/lr": 0.02, "normuon/share": share, "normuon/skipped": 0}
+
+
+def test_update_rms_is_that_of_the_change_of_the_weights():
+    weight = nn.Parameter(torch.zeros(6, 10))
+    optimizer = stepped(weight, adjust_lr_fn="original")
+    rms = (weight.detach() / 0.5).square().mean().sqrt()
+    torch.testing.assert_close(optimizer.metrics()["normuon/update_rms"], rms)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_neuron_numbers_are_those_of_the_change_against_plain_orthogonalization(normalize):
+    orthogonalized = {}
+
+    def remember(update):
+        orthogonalized["update"] = nn.functional.normalize(update, dim=(-2, -1))
+        return orthogonalized["update"].clone()
+
+    weight = nn.Parameter(torch.zeros(6, 10))
+    found = stepped(weight, orthogonalize_fn=remember, normalize_neurons=normalize).metrics(synchronize=True)
+    before, after = orthogonalized["update"][0].norm(dim=1), weight.detach().norm(dim=1)
+    rates = after / before
+    expected = {
+        "normuon/update_rms": 0.2,
+        "normuon/neuron_lr_min": rates.min().item(),
+        "normuon/neuron_lr_mean": rates.mean().item(),
+        "normuon/neuron_lr_max": rates.max().item(),
+        "normuon/neuron_spread_before": (before.std(correction=0) / before.mean()).item(),
+        "normuon/neuron_spread_after": (after.std(correction=0) / after.mean()).item(),
+    }
+    assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_the_neuron_step_makes_neurons_equal():
+    found = stepped(nn.Parameter(torch.zeros(6, 10))).metrics()
+    assert found["normuon/neuron_spread_before"] > 0.05
+    assert found["normuon/neuron_spread_after"] < 1e-6
+
+
+def test_rates_are_those_of_the_step_though_a_scheduler_moved_on():
+    weight = nn.Parameter(torch.zeros(6, 10))
+    optimizer = stepped(weight)
+    before = optimizer.metrics(synchronize=True)
+    optimizer.param_groups[0]["lr"] = 0.0
+    after = optimizer.metrics(synchronize=True)
+    assert after.pop("normuon/lr") == 0
+    assert after == {key: value for key, value in before.items() if key != "normuon/lr"}
+
+
+def test_without_synchronization_numbers_of_neurons_stay_on_their_device():
+    found = stepped(nn.Parameter(torch.zeros(6, 10)), lr=torch.tensor(0.5)).metrics()
+    assert {key for key, value in found.items() if isinstance(value, torch.Tensor)} == {"normuon/lr", *NEURONS}
+
+
+def test_synchronized_numbers_are_floats_also_for_a_tensor_rate():
+    found = stepped(nn.Parameter(torch.zeros(6, 10)), lr=torch.tensor(0.5)).metrics(synchronize=True)
+    assert {type(value) for value in found.values()} == {float}
+
+
+def test_skipped_updates_are_counted_and_their_neurons_are_not():
+    weight = nn.Parameter(torch.zeros(2, 2))
+    weight.grad = torch.full((2, 2), torch.inf)
+    optimizer = NorMuon([weight], nonfinite="skip")
+    optimizer.step()
+    assert optimizer.metrics(synchronize=True) == {"normuon/lr": 1e-3, "normuon/share": 1.0, "normuon/skipped": 1.0}
+
+
+def test_all_matrices_of_a_model_count():
+    model = tiny_llama()
+    optimizer = build_normuon(model, lr=0.1, ns_dtype="float32", weight_decay=0.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "_proj" in name}
+    model(**{key: value[None] for key, value in token_blocks(1)[0].items()}).loss.backward()
+    optimizer.step()
+    moved = torch.cat([(p.detach() - before[name]).flatten() for name, p in model.named_parameters() if name in before])
+    assert optimizer.metrics(synchronize=True)["normuon/update_rms"] == pytest.approx(
+        (moved / 0.1).square().mean().sqrt().item(), rel=1e-4
+    )
