@@ -61,7 +61,9 @@ def evaluate(accelerator: Accelerator, model: torch.nn.Module, loader: DataLoade
 
 def train(args: argparse.Namespace) -> Result:
     """Train as the arguments say; print the final validation loss and return what was measured."""
-    accelerator = Accelerator(mixed_precision="bf16" if bf16_is_fast() else "no")
+    # Without cpu=True, on a machine without an accelerator, every process of torchrun would train alone.
+    cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if bf16_is_fast() else "no")
     set_seed(args.seed)
     with accelerator.main_process_first():  # the others find the cached tokens
         training, validation, vocabulary = make_data(args)

@@ -20,7 +20,7 @@ def _fixed_seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def root():
     """The checkout."""
     return ROOT

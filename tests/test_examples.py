@@ -1,10 +1,12 @@
 """The example programs as a user runs them, shortened, and the demo's own arithmetic."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,37 +15,52 @@ SHORT = ["--steps", "6", "--eval-every", "3", "--save-every", "3", "--eval-batch
 SHORT += ["--sequence-length", "32", "--vocabulary", "300", "--width", "64", "--layers", "1"]
 
 
-def run(root, folder, program, *arguments):
-    command = [sys.executable, str(root / "examples" / program), *SHORT, *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180)
+PROGRAMS = ["train_accelerate.py", "train_hf_trainer.py", "train_lightning.py"]
+TORCHRUN = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2"]
+
+
+def run(root, folder, program, *arguments, launcher=(sys.executable,)):
+    command = [*launcher, str(root / "examples" / program), *SHORT, "--lr", "0.02", *arguments]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 def final_loss(printed):
-    found = re.search(r"validation loss ([\d.]+) after 6 steps", printed)
-    assert found, printed
-    return float(found[1])
+    (found,) = re.findall(r"validation loss ([\d.]+) after 6 steps", printed)  # from one process, whatever their number
+    return float(found)
 
 
-@pytest.mark.parametrize("program", ["train_accelerate.py", "train_hf_trainer.py", "train_lightning.py"])
-def test_program_trains_saves_and_resumes(root, tmp_path, corpus, program):
-    loss = final_loss(run(root, tmp_path, program, "--text", str(corpus)))
+@pytest.fixture(scope="module", params=PROGRAMS)
+def trained(request, root, corpus, tmp_path_factory):
+    """A program, the folder of its first run, and the loss that run ended with."""
+    folder = tmp_path_factory.mktemp(Path(request.param).stem)
+    return request.param, folder, final_loss(run(root, folder, request.param, "--text", str(corpus)))
+
+
+def test_program_trains_saves_and_resumes(root, corpus, trained):
+    program, folder, loss = trained
     assert 0 < loss < 5.5  # ln(300) = 5.704 before training
     if program == "train_hf_trainer.py":  # resuming a finished run, the Trainer takes one step more
-        shutil.rmtree(tmp_path / "runs" / "train_hf_trainer" / "checkpoint-6")
-    assert final_loss(run(root, tmp_path, program, "--text", str(corpus), "--resume")) == pytest.approx(loss, abs=1e-3)
+        shutil.rmtree(folder / "runs" / "train_hf_trainer" / "checkpoint-6")
+    assert final_loss(run(root, folder, program, "--text", str(corpus), "--resume")) == pytest.approx(loss, abs=1e-3)
 
 
-@pytest.mark.parametrize("program", ["train_accelerate.py", "train_hf_trainer.py", "train_lightning.py"])
-@pytest.mark.parametrize("optim", ["adamw", "muon"])
-def test_program_runs_the_other_optimizers(root, tmp_path, corpus, program, optim):
+def test_program_runs_the_other_optimizers(root, tmp_path, corpus, trained):
     """The three losses after the same steps from the same weights differ, so each option took effect."""
-    first, second = (
-        final_loss(run(root, tmp_path, program, "--text", str(corpus), "--lr", "0.02", "--optim", name))
-        for name in (optim, "normuon")
-    )
-    assert first != second
+    program, _, loss = trained
+    losses = [
+        final_loss(run(root, tmp_path, program, "--text", str(corpus), "--optim", name)) for name in ("adamw", "muon")
+    ]
+    assert len({loss, *losses}) == 3
+
+
+def test_program_runs_in_two_processes(root, tmp_path, corpus, trained):
+    """Half the batch in each of two processes: another order of the data, but for the noise of it the same loss."""
+    program, _, loss = trained
+    arguments = ["--text", str(corpus), "--batch-size", "2"]
+    assert final_loss(run(root, tmp_path, program, *arguments, launcher=TORCHRUN)) == pytest.approx(loss, abs=0.2)
 
 
 def test_comparison_prints_a_table_and_draws_the_curves(root, tmp_path, corpus):
