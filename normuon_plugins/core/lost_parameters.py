@@ -1,4 +1,4 @@
-"""Whether an optimizer still trains its model, asked once, at the first step.
+"""Whether an optimizer still trains its model, asked at the first step.
 
 Frameworks put new parameters in place of those that an optimizer was built on: when they shard a model, or bring it
 from the meta device. An optimizer that was not told goes on with the old ones, which never get a gradient; nothing
@@ -7,8 +7,9 @@ fails, and nothing is learned.
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -38,6 +39,16 @@ def watch_for_lost_parameters(optimizer: Optimizer, model: nn.Module, names: Seq
     handle = optimizer.register_step_pre_hook(check)
 
 
+def warn_of_nothing_to_learn(param_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Warn that nothing has a gradient at the first step; groups that were made by hand have no model to ask."""
+    count = sum(len(group["params"]) for group in param_groups)
+    warnings.warn(
+        f"None of the {count} parameters of this optimizer has a gradient at its first step. If the model was sharded,"
+        " replaced or frozen (an adapter was added) after the optimizer was built, build the optimizer afterwards.",
+        stacklevel=4,  # past NorMuon.step and torch's wrapper of it
+    )
+
+
 def _lost(optimizer: Optimizer, model: nn.Module, planned: set[str]) -> list[str]:
     """Return the names of planned parameters that the optimizer has and the model has not."""
     owned = {id(parameter) for parameter in model.parameters()}
@@ -54,7 +65,6 @@ def _message(lost: Sequence[str], planned: int) -> str:
     return (
         f"{which} of the {planned} parameters of this optimizer are no longer the model's: the model was sharded or"
         " replaced after the optimizer was built, and would train without it. Build the optimizer afterwards. Fabric:"
-        " model = fabric.setup_module(model), then fabric.setup_optimizers(build_normuon(model)). Accelerate:"
-        " prepare_normuon(accelerator, model), or prepare(model, optimizer) in one call. fully_shard(model), then"
-        " build_normuon(model)."
+        " setup_normuon(fabric, model), or fabric.setup_module(model) first. Accelerate: prepare_normuon(accelerator,"
+        " model), or prepare(model, optimizer) in one call. fully_shard(model), then build_normuon(model)."
     )

@@ -34,7 +34,7 @@ class NeuronRecord(NamedTuple):
     @classmethod
     def of(cls, direction: Direction, lr: float | Tensor) -> NeuronRecord:
         """Keep the small parts of ``direction``."""
-        return cls(direction.rms, direction.scale, direction.direction.shape[-1], lr)
+        return cls(direction.rms, direction.scale, direction.direction.shape[-1], _frozen(lr))
 
     def totals(self) -> Tensor:
         """Return what adds up over batches and ranks, shape ``(9,)``, float32, on the batch's device.
@@ -58,14 +58,25 @@ def _spread(rms: Tensor) -> Tensor:
     return (rms.std(dim=1, correction=0) / mean).sum()
 
 
-def group_metrics(param_groups: Sequence[Mapping[str, Any]]) -> dict[str, float | Tensor]:
-    """Return the learning rate of each algorithm's first group, and the share of trainable numbers on NorMuon."""
+def first_rates(param_groups: Sequence[Mapping[str, Any]]) -> dict[str, float | Tensor]:
+    """Return the learning rate of the first group of each algorithm."""
     rates: dict[str, float | Tensor] = {}
+    for group in param_groups:
+        rates.setdefault(f"{group['algorithm']}/lr", _frozen(group["lr"]))
+    return rates
+
+
+def _frozen(lr: float | Tensor) -> float | Tensor:
+    """Return ``lr`` as it is now: a scheduler writes into a tensor."""
+    return lr.clone() if isinstance(lr, Tensor) else lr
+
+
+def share(param_groups: Sequence[Mapping[str, Any]]) -> float:
+    """Return how many of the trainable numbers are on NorMuon, of 1."""
     sizes = {"normuon": 0, "adamw": 0}
     for group in param_groups:
-        rates.setdefault(f"{group['algorithm']}/lr", group["lr"])
         sizes[group["algorithm"]] += sum(p.numel() for p in group["params"] if p.requires_grad)
-    return {**rates, "normuon/share": sizes["normuon"] / max(1, sum(sizes.values()))}
+    return sizes["normuon"] / max(1, sum(sizes.values()))
 
 
 def neuron_metrics(records: Sequence[NeuronRecord]) -> dict[str, Tensor]:

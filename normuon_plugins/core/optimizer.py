@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, overload
 
@@ -20,15 +19,17 @@ from normuon_plugins.core.group_options import (
     complete_group,
     parameter_name,
 )
-from normuon_plugins.core.metrics import NeuronRecord, group_metrics, neuron_metrics, synchronized_neuron_metrics
+from normuon_plugins.core.lost_parameters import warn_of_nothing_to_learn
+from normuon_plugins.core.metrics import (
+    NeuronRecord,
+    first_rates,
+    neuron_metrics,
+    share,
+    synchronized_neuron_metrics,
+)
 from normuon_plugins.core.optimizer_state import check_loadable, check_state, create_state, restore_float32
 from normuon_plugins.core.step import find_nonfinite, local_gradients, take_step
 from normuon_plugins.core.step_plan import Member, StepPlan, plan_step, sign
-
-NOTHING_TO_LEARN = (
-    "None of the {} parameters of this optimizer has a gradient at its first step. If the model was sharded or replaced"
-    " after the optimizer was built, it trains other ones: build the optimizer afterwards."
-)
 
 
 class NorMuon(Optimizer):
@@ -100,9 +101,11 @@ class NorMuon(Optimizer):
         >>> optimizer.step()
     """
 
-    skipped_steps: int = 0
-    _plan: StepPlan | None = None
-    _records: Sequence[NeuronRecord] = ()
+    # Without values: Fabric's wrapper inherits from this class and shows whatever the class itself has.
+    skipped_steps: int
+    _plan: StepPlan | None
+    _rates: dict[str, float | Tensor]
+    _records: Sequence[NeuronRecord]
 
     def __init__(
         self,
@@ -137,13 +140,25 @@ class NorMuon(Optimizer):
         for name, value in options.items():
             if not (name == "adamw_lr" and value is None):
                 check_option(name, value)
+        self._begin()
         super().__init__(params, options)
+
+    def _begin(self) -> None:
+        """Know nothing of a step, unless a step was taken."""
+        self.__dict__.setdefault("skipped_steps", 0)
+        self.__dict__.setdefault("_plan", None)
+        self.__dict__.setdefault("_rates", {})
+        self.__dict__.setdefault("_records", ())
 
     def __getstate__(self) -> dict[str, Any]:
         # A process group belongs to its process: a copy computes on its own, which is always right.
         state = super().__getstate__()
         defaults = {**state["defaults"], "process_group": None}
         return {**state, "defaults": defaults, "skipped_steps": self.skipped_steps}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._begin()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, as in torch; missing keys take the values given to ``__init__``.
@@ -230,13 +245,15 @@ class NorMuon(Optimizer):
         members = self._check_trainable()
         plan = self._plan_step(members)
         gradients = local_gradients(members)
-        if members and not gradients and not self.state:
-            warnings.warn(NOTHING_TO_LEARN.format(len(members)), stacklevel=3)  # 3: past torch's wrapper of step
+        if not gradients and not self.state:
+            warn_of_nothing_to_learn(self.param_groups)
         skipped = self._find_nonfinite(plan, members, gradients)
         for parameter, group, _ in members:
             if parameter not in self.state:
                 self.state[parameter] = create_state(parameter, group)
-        self._records = take_step(plan, members, gradients, self.state, skipped, self.defaults["orthogonalize_fn"])
+        orthogonalize_fn = self.defaults["orthogonalize_fn"]
+        self._records = take_step(plan, members, gradients, self.state, skipped, orthogonalize_fn)
+        self._rates = first_rates(self.param_groups)
         return loss
 
     def metrics(self, *, synchronize: bool = False) -> dict[str, float | Tensor]:
@@ -248,7 +265,7 @@ class NorMuon(Optimizer):
                 matrices, from one collective that every rank must join.
 
         Returns:
-            - ``normuon/lr``, ``adamw/lr``: learning rate of the first group of each kind, as it is now;
+            - ``normuon/lr``, ``adamw/lr``: learning rate of the first group of each kind, in the last step;
             - ``normuon/share``: of all trainable numbers, those on NorMuon;
             - ``normuon/skipped``: ``skipped_steps``;
             - ``normuon/update_rms``: root mean square of what ``lr`` multiplied, 0.2 with the default scaling;
@@ -259,7 +276,11 @@ class NorMuon(Optimizer):
 
             Those after ``skipped`` exist once a matrix was stepped.
         """
-        known = {**group_metrics(self.param_groups), "normuon/skipped": float(self.skipped_steps)}
+        known = {
+            **(self._rates or first_rates(self.param_groups)),
+            "normuon/share": share(self.param_groups),
+            "normuon/skipped": float(self.skipped_steps),
+        }
         if not synchronize:
             return {**known, **neuron_metrics(self._records)}
         parameter = next(parameter for group in self.param_groups for parameter in group["params"])

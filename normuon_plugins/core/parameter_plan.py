@@ -237,7 +237,7 @@ def _refuse_empty(model: nn.Module, rows: list[PlannedParameter], facts: ModelFa
     if lora == "adamw" and any(adapted):
         warnings.warn(
             "every trainable matrix belongs to an adapter, and lora='adamw' sends those to AdamW: nothing is on"
-            " NorMuon. lora='normuon' or lora='b' puts low-rank factors on it.",
+            " NorMuon. lora='normuon' or lora='b' (the Trainer: optim_args='lora=b') puts low-rank factors on it.",
             stacklevel=3,
         )
         return

@@ -28,7 +28,7 @@ def test_parameters_replaced_after_building_are_named_with_the_remedy():
     optimizer = build_normuon(model)
     replace_parameters(model)
     loss().backward()
-    with pytest.raises(RuntimeError, match=r"'0.weight' and 3 more of the 4 parameters.*fabric.setup_module.*one call"):
+    with pytest.raises(RuntimeError, match=r"'0.weight' and 3 more of the 4 parameters.*setup_normuon.*one call"):
         optimizer.step()
     assert not optimizer.state
 

@@ -1,5 +1,7 @@
 """The numbers of NorMuon.metrics, against the same numbers computed from the weights and from the paper."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -64,14 +66,17 @@ def test_the_neuron_step_makes_neurons_equal():
     assert found["normuon/neuron_spread_after"] < 1e-6
 
 
-def test_rates_are_those_of_the_step_though_a_scheduler_moved_on():
+@pytest.mark.parametrize("lr", [0.5, torch.tensor(0.5)])
+def test_rates_are_those_of_the_step_though_a_scheduler_moved_on(lr):
     weight = nn.Parameter(torch.zeros(6, 10))
-    optimizer = stepped(weight)
+    optimizer = stepped(weight, lr=lr)
     before = optimizer.metrics(synchronize=True)
-    optimizer.param_groups[0]["lr"] = 0.0
-    after = optimizer.metrics(synchronize=True)
-    assert after.pop("normuon/lr") == 0
-    assert after == {key: value for key, value in before.items() if key != "normuon/lr"}
+    if isinstance(lr, torch.Tensor):
+        optimizer.param_groups[0]["lr"].zero_()
+    else:
+        optimizer.param_groups[0]["lr"] = 0.0
+    assert before["normuon/lr"] == 0.5
+    assert optimizer.metrics(synchronize=True) == before
 
 
 def test_without_synchronization_numbers_of_neurons_stay_on_their_device():
@@ -90,6 +95,22 @@ def test_skipped_updates_are_counted_and_their_neurons_are_not():
     optimizer = NorMuon([weight], nonfinite="skip")
     optimizer.step()
     assert optimizer.metrics(synchronize=True) == {"normuon/lr": 1e-3, "normuon/share": 1.0, "normuon/skipped": 1.0}
+
+
+def test_numbers_of_a_step_do_not_travel_with_a_copy():
+    optimizer = stepped(nn.Parameter(torch.zeros(6, 10)))
+    copied = copy.deepcopy(optimizer)
+    assert optimizer.metrics().keys() >= NEURONS
+    assert not NEURONS & copied.metrics().keys()
+
+
+def test_loading_keeps_the_count_of_skipped_updates():
+    weight = nn.Parameter(torch.zeros(2, 2))
+    weight.grad = torch.full((2, 2), torch.inf)
+    optimizer = NorMuon([weight], nonfinite="skip")
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.skipped_steps == 1
 
 
 def test_all_matrices_of_a_model_count():
