@@ -5,10 +5,10 @@ import inspect
 import torch
 
 import normuon_plugins
-from normuon_plugins import NorMuon, build_normuon, plan_parameters
+from normuon_plugins import NorMuon, build_normuon, clip_grad_norm_, plan_parameters
 from normuon_plugins.accelerate import prepare_normuon
 from normuon_plugins.hf_trainer import register_normuon, unregister_normuon
-from normuon_plugins.lightning import configure_normuon
+from normuon_plugins.lightning import configure_normuon, setup_normuon
 
 
 def names(function):
@@ -61,4 +61,7 @@ def test_signatures_of_the_doors():
     assert names(build_normuon) == ["model", "options"]
     assert names(configure_normuon) == ["module", "scheduler", "warmup", "options"]
     assert names(prepare_normuon) == ["accelerator", "model", "others", "options"]
+    assert names(setup_normuon) == ["fabric", "model", "options"]
+    assert names(clip_grad_norm_)[:4] == names(torch.nn.utils.clip_grad_norm_)[:4]
+    assert names(NorMuon.metrics) == ["self", "synchronize"]
     assert names(register_normuon) == names(unregister_normuon) == []

@@ -1,9 +1,11 @@
-"""NorMuon with PyTorch Lightning: ``configure_normuon``."""
+"""NorMuon with PyTorch Lightning and Fabric: ``configure_normuon``, ``NorMuonMetrics``, ``setup_normuon``."""
 
 from normuon_plugins.extras import require
 
 require("lightning", extra="lightning")
 
 from normuon_plugins.lightning.configure import configure_normuon  # noqa: E402  (after the message for a missing extra)
+from normuon_plugins.lightning.fabric import setup_normuon  # noqa: E402
+from normuon_plugins.lightning.metrics import NorMuonMetrics  # noqa: E402
 
-__all__ = ["configure_normuon"]
+__all__ = ["NorMuonMetrics", "configure_normuon", "setup_normuon"]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch.distributed as dist
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import DDPStrategy
 
 from normuon_plugins.core.build import build_normuon
 from normuon_plugins.core.optimizer import NorMuon
 from normuon_plugins.lightning.schedule import build_schedule
+from normuon_plugins.lightning.strategies import complete_options
 
 
 def configure_normuon(
@@ -30,15 +29,14 @@ def configure_normuon(
         The optimizer, or Lightning's dict of optimizer and scheduler.
 
     Raises:
-        ValueError: If the trainer does not know how long the run is, if ``warmup`` is given without a scheduler, or see
-            ``build_normuon``.
+        ValueError: If the strategy hides the shapes of the parameters (FSDP1, DeepSpeed), the trainer does not know how
+            long the run is, ``warmup`` is given without a scheduler, or see ``build_normuon``.
         TypeError: If an option is not known.
     """
     if scheduler is None and warmup:
         raise ValueError(f"warmup={warmup} needs a scheduler; scheduler='constant' keeps the rate after the warmup.")
     trainer = getattr(module, "_trainer", None)  # module.trainer raises where there is none yet
-    if trainer is not None and isinstance(trainer.strategy, DDPStrategy):
-        options.setdefault("process_group", dist.group.WORLD)  # every process holds the whole model; DDP averages
+    options = complete_options(options, None if trainer is None else trainer.strategy)
     optimizer = build_normuon(module, **options)
     if scheduler is None:
         return optimizer

@@ -1,9 +1,12 @@
 """configure_normuon: what it returns, the length and shape of its schedule, resume, names in the log, refusals."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
@@ -111,3 +114,13 @@ def test_a_run_without_end_needs_a_length(tmp_path):
 def test_an_unknown_option_is_refused():
     with pytest.raises(TypeError, match=r"unknown options \['learning_rate'\]"):
         configure_normuon(tiny_llama(), **OPTIONS, learning_rate=0.1)
+
+
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy])
+def test_strategies_that_hide_the_matrices_are_refused(kind):
+    # Lightning wants a GPU for the one and the package deepspeed for the other; the strategy is all that is asked
+    module = lightning_module(tiny_llama(), scheduler=None, warmup=0)
+    module._trainer = SimpleNamespace(strategy=kind.__new__(kind))
+    message = rf"{kind.__name__} leaves flat shards of them\. Use ModelParallelStrategy with fully_shard \(FSDP2\)"
+    with pytest.raises(ValueError, match=message):
+        module.configure_optimizers()
