@@ -63,7 +63,11 @@ def train(args: argparse.Namespace) -> Result:
     """Train as the arguments say; print the final validation loss and return what was measured."""
     # Without cpu=True, on a machine without an accelerator, every process of torchrun would train alone.
     cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if bf16_is_fast() else "no")
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision="bf16" if bf16_is_fast() else "no",
+        step_scheduler_with_optimizer=False,  # a schedule in steps of the optimizer, at any number of processes
+    )
     set_seed(args.seed)
     with accelerator.main_process_first():  # the others find the cached tokens
         training, validation, vocabulary = make_data(args)
@@ -77,11 +81,7 @@ def train(args: argparse.Namespace) -> Result:
     else:
         prepared = prepare_normuon(accelerator, model, *loaders, **normuon_options(args))
     model, optimizer, loader, validation_loader = prepared
-    # Accelerate steps the schedule once per process (split_batches=False), so its length is in steps of all processes.
-    ranks = accelerator.num_processes
-    scheduler = accelerator.prepare(
-        get_cosine_schedule_with_warmup(optimizer, warmup_steps(args) * ranks, args.steps * ranks)
-    )
+    scheduler = accelerator.prepare(get_cosine_schedule_with_warmup(optimizer, warmup_steps(args), args.steps))
     progress = Progress()
     accelerator.register_for_checkpointing(progress)
     if args.resume:
@@ -128,7 +128,7 @@ def endless(accelerator: Accelerator, loader: DataLoader, skip: int):
 
 
 def main() -> None:
-    train(parse_arguments(__doc__.splitlines()[0], checkpoint="model.safetensors"))
+    train(parse_arguments(__doc__.splitlines()[0], checkpoint="random_states_0.pkl"))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from numbers import Number
 from typing import Any
 
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, fsdp2_canonicalize_names
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -34,20 +36,18 @@ def prepare_normuon(accelerator: Accelerator, model: nn.Module, *others: Any, **
         ``(model, optimizer, *others)``, prepared: what ``accelerator.prepare(model, optimizer, *others)`` returns.
 
     Raises:
-        ValueError: If the accelerator shards parameters in another way than FSDP2, the model is already prepared, or
-            see ``build_normuon``.
+        ValueError: If the accelerator shards parameters in another way than FSDP2, the model is already prepared or
+            wrapped in DDP, or see ``build_normuon``.
         TypeError: If an option is not known, or a number, an optimizer or a scheduler stands among ``others``.
+
+    Warns:
+        UserWarning: If FSDP was asked for and Accelerate runs without it.
 
     Example:
         model, optimizer, loader = prepare_normuon(accelerator, model, loader, lr=3e-4, weight_decay=0.1)
     """
-    if accelerator.distributed_type in FOREIGN_SHARDING and not accelerator.is_fsdp2:
-        raise ValueError(
-            f"prepare_normuon runs in one process, under DDP or FSDP2; this accelerator's distributed_type is"
-            f" {accelerator.distributed_type.value}. Use FullyShardedDataParallelPlugin(fsdp_version=2)."
-        )
-    if getattr(model, "_is_accelerate_prepared", False):
-        raise ValueError("the model is already prepared; give prepare_normuon the model itself, before prepare().")
+    _check_sharding(accelerator)
+    _check_model(accelerator, model)
     misplaced = [other for other in others if isinstance(other, (Number, Optimizer, LRScheduler))]
     if misplaced:
         raise TypeError(
@@ -58,4 +58,58 @@ def prepare_normuon(accelerator: Accelerator, model: nn.Module, *others: Any, **
         options.setdefault("process_group", dist.group.WORLD)
     optimizer = build_normuon(model, **options)
     prepared: tuple[Any, ...] = accelerator.prepare(model, optimizer, *others)
+    if accelerator.is_fsdp2:
+        _take_parameters_by_name(optimizer, prepared[0])
     return prepared
+
+
+def _check_sharding(accelerator: Accelerator) -> None:
+    """Refuse what is no FSDP2, and say so where Accelerate shards nothing although it was told to."""
+    kind = accelerator.distributed_type
+    if kind in FOREIGN_SHARDING and not accelerator.is_fsdp2:
+        name = "FSDP, version 1" if kind == DistributedType.FSDP else kind.value
+        raise ValueError(
+            f"prepare_normuon runs in one process, under DDP or FSDP2; this accelerator's distributed_type is {name}."
+            " Use FullyShardedDataParallelPlugin(fsdp_version=2), or in the file of accelerate launch"
+            " distributed_type: FSDP and, under fsdp_config, fsdp_version: 2."
+        )
+    # Accelerate drops a plugin that it does not use. This property still says that there was one; on XLA it means
+    # something else.
+    asked = accelerator.gradient_state.is_xla_gradients_synced and kind != DistributedType.XLA
+    if asked and not accelerator.is_fsdp2 and accelerator.is_main_process:
+        what = (
+            "This process trains alone, on the whole model; if it is one of several, start them with accelerate launch"
+            " or torchrun, on CPUs with Accelerator(cpu=True)."
+            if kind == DistributedType.NO
+            else "Processes train as under DDP: the same weights, and all of the model in each."
+        )
+        warnings.warn(
+            f"FSDP was asked for, but this accelerator shards nothing: its distributed_type is {kind.value}. Accelerate"
+            f" shards on GPUs and their like, never on CPUs. {what}",
+            stacklevel=3,
+        )
+
+
+def _check_model(accelerator: Accelerator, model: nn.Module) -> None:
+    """Refuse a model that ``prepare`` has had, in whatever it was wrapped since, and one that DDP wraps already."""
+    mine = {id(p) for known in accelerator._models for p in known.parameters() if p.requires_grad}
+    if getattr(model, "_is_accelerate_prepared", False) or any(id(p) in mine for p in model.parameters()):
+        raise ValueError(
+            "the model is already prepared; give prepare_normuon the model itself, before prepare(): in place of"
+            " accelerator.prepare(model, loader), call prepare_normuon(accelerator, model, loader, lr=...)."
+        )
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError("the model is wrapped in DistributedDataParallel, as Accelerate will do; give model.module.")
+
+
+def _take_parameters_by_name(optimizer: Optimizer, model: nn.Module) -> None:
+    """Put the sharded parameters into the groups by their names.
+
+    Accelerate finds them by the addresses of the unsharded ones, and those on the meta device have one address, zero:
+    under ``cpu_ram_efficient_loading`` a head that no checkpoint had is there on all ranks but the first, and each of
+    its parameters would become the last of them.
+    """
+    parameters = fsdp2_canonicalize_names(dict(model.named_parameters()))
+    for group in optimizer.param_groups:
+        names = fsdp2_canonicalize_names(dict.fromkeys(group["param_names"]))
+        group["params"] = [parameters[name] for name in names]
