@@ -3,58 +3,37 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections import Counter
 from dataclasses import fields
 from typing import Any
 
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
-from normuon_plugins.core.build import OPTIMIZER_OPTIONS, PLAN_OPTIONS, build_normuon
+from normuon_plugins.core.build import OPTIMIZER_OPTIONS, PLAN_OPTIONS
 from normuon_plugins.core.optimizer import NorMuon
+from normuon_plugins.hf_trainer.overrides import FILE_KEY, SINGLE_KEY, collect_overrides
 
 # Options that a string of key=value pairs cannot express, or that a field of TrainingArguments already sets.
 NOT_IN_OPTIM_ARGS = {"lr", "weight_decay", "overrides", "orthogonalize_fn", "process_group"}
 OPTIM_ARGS = tuple(sorted({*OPTIMIZER_OPTIONS, *PLAN_OPTIONS} - NOT_IN_OPTIM_ARGS))
 
 
-class NorMuonFactory:
-    """What the Trainer calls with the whole model, since NorMuon plans its own groups."""
-
-    def __call__(self, model: nn.Module, **options: Any) -> NorMuon:
-        """Return ``build_normuon(model, **options)``; whole parameters on several processes share the work.
-
-        The Trainer averages the gradients of whole parameters over all processes (DDP).
-        """
-        if dist.is_initialized() and not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-            options.setdefault("process_group", dist.group.WORLD)
-        return build_normuon(model, **options)
-
-
-def normuon_options(args: TrainingArguments, optim_args: Mapping[str, str]) -> dict[str, Any]:
+def normuon_options(args: TrainingArguments) -> dict[str, Any]:
     """Translate the Trainer's arguments.
 
     Args:
         args: ``learning_rate`` and ``weight_decay`` are taken as they are; ``adam_beta1``, ``adam_beta2`` and
             ``adam_epsilon`` reach the AdamW groups where they differ from the fields' own defaults, which are AdamW's
-            usual ones and not NorMuon's.
-        optim_args: The parsed ``optim_args``: option -> text. A pair or triple of numbers is written ``0.9:0.95``.
+            usual ones and not NorMuon's. ``optim_args`` is ``option=text,...``; a pair or triple of numbers is written
+            ``0.9:0.95``. It is read here and not from the dict that the Trainer makes of it, which keeps the last of
+            several ``override=``.
 
     Returns:
         Options for ``build_normuon``.
 
     Raises:
-        ValueError: If a key is not an option; the message lists those that are.
+        ValueError: If a key is not an option or stands twice, or see ``collect_overrides``.
     """
-    unknown = sorted(optim_args.keys() - set(OPTIM_ARGS))
-    if unknown:
-        raise ValueError(
-            f"optim_args has unknown keys {unknown}; known are {list(OPTIM_ARGS)}."
-            " learning_rate and weight_decay are fields of their own; overrides and functions go in by"
-            " Trainer(..., optimizer_cls_and_kwargs=(NorMuonFactory, {...}))."
-        )
     options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     adam = ("adam_beta1", "adam_beta2", "adam_epsilon")
     defaults = {field.name: field.default for field in fields(TrainingArguments)}
@@ -64,7 +43,22 @@ def normuon_options(args: TrainingArguments, optim_args: Mapping[str, str]) -> d
         options["adamw_betas"] = (changed.get("adam_beta1", beta1), changed.get("adam_beta2", beta2))
     if "adam_epsilon" in changed:
         options["adamw_eps"] = changed["adam_epsilon"]
-    return options | {key: parse_value(text) for key, text in optim_args.items()}
+    pairs = split_optim_args(args.optim_args)
+    _check_keys([key for key, _ in pairs])
+    options |= {key: parse_value(text) for key, text in pairs if key in OPTIM_ARGS}
+    overrides = collect_overrides(pairs)
+    return {**options, "overrides": overrides} if overrides else options
+
+
+def split_optim_args(text: str | None) -> list[tuple[str, str]]:
+    """Return keys and values as the Trainer itself divides them, in order and with repeated keys.
+
+    Example:
+        >>> split_optim_args("beta2=0.9, override=q_proj:adamw, override=k_proj:adamw")
+        [('beta2', '0.9'), ('override', 'q_proj:adamw'), ('override', 'k_proj:adamw')]
+    """
+    parts = text.replace(" ", "").split(",") if text else []
+    return [(key, value) for key, _, value in (part.partition("=") for part in parts)]
 
 
 def parse_value(text: str) -> Any:
@@ -85,3 +79,17 @@ def parse_value(text: str) -> Any:
         except ValueError:
             continue
     return text
+
+
+def _check_keys(keys: list[str]) -> None:
+    """Raise ``ValueError`` for a key that is not an option, or that stands twice."""
+    unknown = sorted(set(keys) - {*OPTIM_ARGS, FILE_KEY, SINGLE_KEY})
+    if unknown:
+        raise ValueError(
+            f"optim_args has unknown keys {unknown}; known are {list(OPTIM_ARGS)}, {FILE_KEY}=FILE and"
+            f" {SINGLE_KEY}=REGEX:TARGET. learning_rate and weight_decay are fields of their own; functions go in by"
+            " Trainer(..., optimizer_cls_and_kwargs=(NorMuonFactory, {...}))."
+        )
+    repeated = sorted(key for key, count in Counter(keys).items() if count > 1 and key != SINGLE_KEY)
+    if repeated:
+        raise ValueError(f"optim_args has {repeated} more than once; only {SINGLE_KEY}=REGEX:TARGET may be repeated.")

@@ -1,13 +1,15 @@
-"""The only file that touches transformers' internals: an optimizer name and its handler."""
+"""The only file that touches transformers' internals: an optimizer name, its handler, and a default callback."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers import trainer_optimizer
+from transformers import trainer, trainer_optimizer
 from transformers.training_args import OptimizerNames
 
-from normuon_plugins.hf_trainer.arguments import NorMuonFactory, normuon_options
+from normuon_plugins.hf_trainer.arguments import normuon_options
+from normuon_plugins.hf_trainer.factory import NorMuonFactory
+from normuon_plugins.hf_trainer.rates import AdamWLearningRate
 
 NAME = "normuon"
 MEMBER = "NORMUON"
@@ -17,16 +19,22 @@ def register_normuon() -> None:
     """Make ``TrainingArguments(optim="normuon")`` known to transformers in this process. Calling it again does nothing.
 
     transformers has no hook for this: optimizer names are an enum (``OptimizerNames``), and the Trainer looks up a
-    handler by member (``trainer_optimizer._OPTIMIZER_HANDLERS``, since 5.2). Undone by ``unregister_normuon``.
+    handler by member (``trainer_optimizer._OPTIMIZER_HANDLERS``, since 5.2). A default callback
+    (``trainer.DEFAULT_CALLBACKS``) logs the second learning rate in Trainers built from now on. Undone by
+    ``unregister_normuon``.
     """
     if NAME not in OptimizerNames._value2member_map_:
         _add_member()
     trainer_optimizer._OPTIMIZER_HANDLERS[NAME] = _handler
+    if AdamWLearningRate not in trainer.DEFAULT_CALLBACKS:
+        trainer.DEFAULT_CALLBACKS.append(AdamWLearningRate)
 
 
 def unregister_normuon() -> None:
     """Undo ``register_normuon``. Calling it again does nothing."""
     trainer_optimizer._OPTIMIZER_HANDLERS.pop(NAME, None)
+    if AdamWLearningRate in trainer.DEFAULT_CALLBACKS:
+        trainer.DEFAULT_CALLBACKS.remove(AdamWLearningRate)
     if NAME in OptimizerNames._value2member_map_:
         del OptimizerNames._value2member_map_[NAME]
         OptimizerNames._member_names_.remove(MEMBER)
@@ -55,4 +63,4 @@ def _add_member() -> None:
 
 
 def _handler(context: trainer_optimizer.OptimizerContext) -> tuple[Any, dict[str, Any]]:
-    return NorMuonFactory, normuon_options(context.args, context.optim_args)
+    return NorMuonFactory, normuon_options(context.args)

@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
 
+from normuon_plugins.hf_trainer import unregister_normuon
 from normuon_plugins.hf_trainer.__main__ import main
 
 SCRIPT = """
@@ -70,3 +72,51 @@ def test_wrong_call_ends_with_the_usage(arguments):
 def test_help_prints_the_usage(capsys):
     main(["--help"])
     assert "usage: python -m normuon_plugins.hf_trainer" in capsys.readouterr().out
+
+
+@pytest.fixture
+def run_script(tmp_path, monkeypatch):
+    """Run a script through the launcher in this process, which is left as it was."""
+
+    def run(text, *arguments):
+        script = tmp_path / "train.py"
+        script.write_text(text)
+        main([str(script), *arguments])
+
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield run
+    unregister_normuon()
+
+
+def test_a_typo_in_the_name_of_the_optimizer_lists_ours_among_the_known(run_script, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_script(SCRIPT, "--output_dir", str(tmp_path), "--optim", "normoun")
+    said = capsys.readouterr().err
+    assert "argument --optim: invalid choice: 'normoun'" in said
+    assert "'normuon'" in said
+
+
+def test_a_typo_in_optim_args_is_told_by_the_script(run_script, tmp_path):
+    arguments = [argument if argument != "out" else str(tmp_path) for argument in ARGUMENTS]
+    with pytest.raises(ValueError, match=r"optim_args has unknown keys \['momentun'\]"):
+        run_script(SCRIPT, *arguments, "--optim_args", "momentun=0.9")
+
+
+def test_an_exception_of_the_script_ends_in_its_own_line(run_script, tmp_path):
+    with pytest.raises(ZeroDivisionError) as error:
+        run_script("import sys\n\nsteps = 1 / 0  # the mistake\n")
+    last = traceback.extract_tb(error.tb)[-1]
+    assert (last.filename, last.lineno) == (str(tmp_path / "train.py"), 3)
+
+
+def test_the_exit_status_of_the_script_is_passed_on(run_script):
+    with pytest.raises(SystemExit) as error:
+        run_script("raise SystemExit(3)\n")
+    assert error.value.code == 3
+
+
+def test_the_script_sees_its_own_arguments_and_folder(run_script, tmp_path, capsys):
+    (tmp_path / "beside.py").write_text("NAME = 'beside'\n")
+    run_script("import sys, beside\nprint(sys.argv[1:], beside.NAME, __file__)\n", "--flag", "1")
+    assert capsys.readouterr().out.split("\n")[0] == f"['--flag', '1'] beside {tmp_path / 'train.py'}"

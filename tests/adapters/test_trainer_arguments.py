@@ -1,5 +1,6 @@
 """TrainingArguments(optim="normuon"): registration, translation of arguments, pickles, resume."""
 
+import inspect
 import json
 import pickle
 import subprocess
@@ -10,10 +11,12 @@ import torch
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from normuon_plugins import NorMuon
+from normuon_plugins import NorMuon, plan_parameters
 from normuon_plugins.hf_trainer import NorMuonFactory, register_normuon, unregister_normuon
-from tests.adapters.training import examples, trainer_arguments, weights
-from tests.models import max_difference, tiny_llama
+from normuon_plugins.hf_trainer.arguments import OPTIM_ARGS
+from tests.adapters.trainer_runs import bert, gpt2
+from tests.adapters.training import examples, trainer_arguments
+from tests.models import tiny_llama
 
 
 @pytest.fixture(autouse=True)
@@ -66,26 +69,81 @@ def test_adam_fields_reach_adamw_only_where_the_user_changed_them(tmp_path):
     assert both.param_groups[1]["betas"] == (0.8, 0.99)
 
 
-def test_every_scalar_option_can_be_written_in_optim_args(tmp_path):
-    text = (
-        "momentum=0.9,nesterov=True,ns_coefficients=polar_express,eps=1e-9,ns_steps=4,adjust_lr_fn=original,beta2=0.9,"
-        "normalize_neurons=false,adamw_lr=none,adamw_betas=0.8:0.9,adamw_eps=1e-7,adamw_weight_decay=0.1,"
-        "ns_dtype=float32,nonfinite=raise,bucket_bytes=1000000,lora=b"
-    )
-    optimizer = optimizer_for(trainer_arguments(tmp_path, optim_args=text))
-    expected = {"momentum": 0.9, "nesterov": True, "ns_coefficients": "polar_express", "eps": 1e-9, "ns_steps": 4}
-    expected |= {"adjust_lr_fn": "original", "beta2": 0.9, "normalize_neurons": False, "ns_dtype": "float32"}
-    assert expected.items() <= optimizer.param_groups[0].items()
-    assert optimizer.param_groups[1]["betas"] == (0.8, 0.9)
-    assert optimizer.defaults["nonfinite"] == "raise"
-    triple = optimizer_for(trainer_arguments(tmp_path, optim_args="ns_coefficients=3.4:-4.7:2.0"))
-    assert triple.param_groups[0]["ns_coefficients"] == (3.4, -4.7, 2.0)
+# option -> how it is written, what arrives
+WRITTEN = {
+    "adamw_betas": ("0.8:0.9", (0.8, 0.9)),
+    "adamw_eps": ("1e-7", 1e-7),
+    "adamw_lr": ("1e-4", 1e-4),
+    "adamw_weight_decay": ("0.1", 0.1),
+    "adjust_lr_fn": ("original", "original"),
+    "beta2": ("0.9", 0.9),
+    "bucket_bytes": ("1000000", 1000000),
+    "eps": ("1e-9", 1e-9),
+    "lora": ("b", "b"),
+    "momentum": ("0.9", 0.9),
+    "nesterov": ("True", True),
+    "nonfinite": ("raise", "raise"),
+    "normalize_neurons": ("false", False),
+    "ns_coefficients": ("3.4:-4.7:2.0", (3.4, -4.7, 2.0)),
+    "ns_dtype": ("float32", "float32"),
+    "ns_steps": ("4", 4),
+    "per_head": ("true", True),
+    "replicas": ("redundant", "redundant"),
+    "split_fused": ("false", False),
+    "strict": ("true", True),
+}
 
 
-@pytest.mark.parametrize("key", ["momentun", "lr", "overrides", "orthogonalize_fn"])
+@pytest.mark.parametrize("option", OPTIM_ARGS)
+def test_every_scalar_option_can_be_written_in_optim_args(tmp_path, option):
+    text, value = WRITTEN[option]
+    arguments = trainer_arguments(tmp_path, optim_args=f"{option}={text}")
+    factory, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    defaults = {**inspect.signature(NorMuon).parameters, **inspect.signature(plan_parameters).parameters}
+    assert options[option] == value != defaults[option].default
+    optimizer = factory()(tiny_llama(), **options)
+    assert optimizer.defaults.get(option, value) == value  # options of the plan are not the optimizer's
+
+
+def test_only_what_a_string_cannot_hold_is_left_out_of_optim_args():
+    every = {*inspect.signature(NorMuon).parameters, *inspect.signature(plan_parameters).parameters}
+    assert every - set(OPTIM_ARGS) == {
+        *("params", "model"),
+        *("lr", "weight_decay"),  # fields of TrainingArguments
+        *("overrides", "orthogonalize_fn", "process_group"),
+    }
+
+
+def test_words_of_optim_args_are_read_as_values(tmp_path):
+    optimizer = optimizer_for(trainer_arguments(tmp_path, optim_args="adamw_lr=none,ns_coefficients=polar_express"))
+    assert group_values(optimizer, "lr") == {"normuon_o_i": 0.01, "adamw": 0.01, "adamw_no_decay": 0.01}
+    assert optimizer.param_groups[0]["ns_coefficients"] == "polar_express"
+
+
+def test_options_of_the_plan_change_the_plan(tmp_path):
+    def layouts(optim_args):
+        arguments = trainer_arguments(tmp_path, optim_args=optim_args)
+        return set(group_values(Trainer(model=gpt2(), args=arguments).create_optimizer(), "layout").values())
+
+    assert layouts(None) == {None, "i o", "i o=16+16+16"}
+    assert layouts("split_fused=false") == {None, "i o"}
+
+
+@pytest.mark.parametrize("key", ["momentun", "lr", "orthogonalize_fn"])
 def test_a_typo_in_optim_args_names_the_known_keys(tmp_path, key):
     with pytest.raises(ValueError, match=rf"unknown keys \['{key}'\]; known are \['adamw_betas', .*'momentum'"):
         optimizer_for(trainer_arguments(tmp_path, optim_args=f"{key}=0.9"))
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"optim_args has \['beta2'\] more than once"):
+        optimizer_for(trainer_arguments(tmp_path, optim_args="beta2=0.9,momentum=0.9,beta2=0.8"))
+
+
+@pytest.mark.parametrize("option", ["strict", "split_fused", "nesterov"])
+def test_a_word_that_is_neither_true_nor_false_is_refused(tmp_path, option):
+    with pytest.raises(ValueError, match=f"{option}='flase' must be True or False"):
+        optimizer_for(trainer_arguments(tmp_path, optim_args=f"{option}=flase"))
 
 
 def test_a_value_out_of_range_is_named(tmp_path):
@@ -113,19 +171,6 @@ print(arguments.optim.value, arguments.optim_args)
     assert printed.split() == ["normuon", "adamw_lr=0.003,nesterov=true,ns_dtype=float64"]
 
 
-def test_resume_equals_the_uninterrupted_run(tmp_path):
-    def run(folder, seed, **changes):
-        arguments = trainer_arguments(folder, save_strategy="steps", save_steps=3, train_sampling_strategy="random")
-        model = tiny_llama(seed)
-        trainer = Trainer(model=model, args=arguments, train_dataset=examples())
-        trainer.train(**changes)
-        return weights(model)
-
-    whole = run(tmp_path, seed=0)
-    resumed = run(tmp_path, seed=7, resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert max_difference(resumed, whole) == 0
-
-
 def test_overrides_go_in_by_the_factory(tmp_path):
     options = {"lr": 0.1, "overrides": {"down_proj": "adamw"}}
     arguments = trainer_arguments(tmp_path, optim="adamw_torch", optim_args=None)
@@ -140,8 +185,26 @@ def test_overrides_go_in_by_the_factory(tmp_path):
     assert "model.layers.0.mlp.down_proj.weight" in optimizer.param_groups[1]["param_names"]
 
 
-def test_logged_learning_rate_is_that_of_the_matrices(tmp_path):
-    trainer = Trainer(model=tiny_llama(), args=trainer_arguments(tmp_path), train_dataset=examples())
-    trainer.train()
-    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
-    assert max(rates) == pytest.approx(0.01)
+MODELS = {"llama": tiny_llama, "gpt2": gpt2, "bert": bert}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_weight_decay_of_the_trainer_reaches_matrices_alone(tmp_path, kind):
+    arguments = trainer_arguments(tmp_path, weight_decay=0.3, optim_args=None)
+    optimizer = Trainer(model=MODELS[kind](), args=arguments).create_optimizer()
+    decays = {(group["algorithm"], group["weight_decay"]) for group in optimizer.param_groups}
+    assert decays == {("normuon", 0.3), ("adamw", 0.0)}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_with_both_decays_the_parameters_that_decay_are_those_of_adamw_torch(tmp_path, kind):
+    """Biases and norms never do, embeddings and heads then do."""
+    model = MODELS[kind]()
+    ours = trainer_arguments(tmp_path, weight_decay=0.3, optim_args="adamw_weight_decay=0.3")
+    theirs = trainer_arguments(tmp_path, weight_decay=0.3, optim_args=None, optim="adamw_torch")
+    decaying = [
+        {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0.3 for p in group["params"]}
+        for optimizer in (Trainer(model=model, args=args).create_optimizer() for args in (ours, theirs))
+    ]
+    assert decaying[0] == decaying[1]
+    assert 0 < len(decaying[0]) < len(list(model.parameters()))
