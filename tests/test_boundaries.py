@@ -140,3 +140,25 @@ def test_adapter_files_stay_translations():
     for place in ("lightning", "accelerate", "hf_trainer"):
         for path in (PACKAGE / place).glob("*.py"):
             assert len(path.read_text().splitlines()) <= 150
+
+
+# The one file of each adapter that reads what its framework does not promise to keep.
+INTERNALS = {"lightning": "configure.py", "accelerate": "prepare.py", "hf_trainer": "registration.py"}
+
+
+def private_names(path):
+    """Return the underscored names that a file reads of other objects, by attribute or by ``getattr``."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) != "self":
+            found.add(node.attr)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", None) in ("getattr", "setattr", "hasattr"):
+            found |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
+    private = {name for name in found if isinstance(name, str) and name.startswith("_") and not name.startswith("__")}
+    return private - {"_fsdp_flattened"}  # torch's, not the framework's
+
+
+@pytest.mark.parametrize("place", INTERNALS)
+def test_internals_of_a_framework_are_read_in_one_file(place):
+    users = {path.name for path in (PACKAGE / place).glob("*.py") if private_names(path)}
+    assert users == {INTERNALS[place]}

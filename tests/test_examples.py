@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.adapters.cpu_start import forget
+
 SHORT = ["--steps", "6", "--eval-every", "3", "--save-every", "3", "--eval-batches", "2", "--batch-size", "4"]
 SHORT += ["--sequence-length", "32", "--vocabulary", "300", "--width", "64", "--layers", "1"]
 
@@ -75,11 +77,10 @@ def test_comparison_prints_a_table_and_draws_the_curves(root, tmp_path, corpus):
 
 def test_interrupted_run_resumes_as_if_nothing_had_happened(tmp_path, corpus, monkeypatch):
     import train_accelerate
-    from accelerate.state import AcceleratorState
     from settings import parse_arguments
 
     # A test before this one may have left an Accelerator of another precision than the example takes on this machine.
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget()
 
     def arguments(output, *more):
         paths = ["--text", str(corpus), "--output", str(tmp_path / output), "--cache", str(tmp_path / "cache")]

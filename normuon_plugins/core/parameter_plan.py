@@ -119,6 +119,9 @@ def plan_parameters(
         raise TypeError(f"the plan needs the model itself, an nn.Module; got {type(model).__name__}.")
     if lora not in LORA_POLICIES:
         raise ValueError(f"lora={lora!r} must be one of {LORA_POLICIES}.")
+    for name, value in (("split_fused", split_fused), ("per_head", per_head), ("strict", strict)):
+        if not isinstance(value, bool):  # any other word would count as True
+            raise ValueError(f"{name}={value!r} must be True or False.")
     if per_head and not split_fused:
         raise ValueError(
             "per_head=True divides fused weights into heads, split_fused=False keeps them whole; choose one."

@@ -1,9 +1,9 @@
-"""The same Llama, data and schedule through every adapter, in one process and under DDP: the same weights."""
+"""The same Llama, data and schedule through every adapter, in one process, under DDP and FSDP2: the same weights."""
 
 import pytest
 import torch
 
-from tests.adapters import training
+from tests.adapters import trainer_runs, training
 from tests.models import max_difference
 from tests.ranks import run_ranks
 
@@ -31,23 +31,19 @@ def test_lightning_equals_the_plain_loop(expected, tmp_path):
 
 
 def every_runner(folder):
-    """Run all four under the process group that exists; one spawn pays for the imports of all."""
+    """Run all under the process group that exists; one spawn pays for the imports of all."""
+    sharded_trainer = trainer_runs.train_fsdp2(folder, training.float64_llama())
+    assert sharded_trainer.fsdp2
+    assert all("Shard" in placement for placement in sharded_trainer.placements.values())
     return {
         "ddp": training.run_ddp(),
         "lightning": training.run_lightning(folder, ranks=2),
         "accelerate": training.run_accelerate(ranks=2),
         "trainer": training.run_trainer(folder, ranks=2),
+        "lightning, sharded": training.run_lightning_fsdp2(folder),
+        "accelerate, sharded": training.run_accelerate_fsdp2(),
+        "trainer, sharded": sharded_trainer.weights,
     }
-
-
-def test_accelerate_under_fsdp2_equals_one_process_with_the_same_global_batch(expected):
-    for result in run_ranks(training.run_accelerate_fsdp2, 2):
-        assert max_difference(result, expected) < 1e-6
-
-
-def test_lightning_under_fsdp2_equals_one_process_with_the_same_global_batch(expected, tmp_path):
-    for result in run_ranks(training.run_lightning_fsdp2, 2, tmp_path):
-        assert max_difference(result, expected) < 1e-6
 
 
 def test_two_processes_equal_one_with_the_same_global_batch(expected, tmp_path):

@@ -73,7 +73,9 @@ def run_accelerate(ranks=1):
     from transformers import get_cosine_schedule_with_warmup
 
     from normuon_plugins.accelerate import prepare_normuon
+    from tests.adapters.cpu_start import forget
 
+    forget()
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == ranks
     loader = DataLoader(examples(), GLOBAL_BATCH // ranks)
@@ -86,14 +88,15 @@ def run_accelerate(ranks=1):
 
 
 def run_accelerate_fsdp2():
-    """Accelerate's own FSDP2 on CPU, where it needs the first line to see more than DDP."""
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
-    from accelerate.utils import DistributedType
+    """Accelerate's own FSDP2 on CPU."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from torch.distributed.tensor import DTensor
 
     from normuon_plugins.accelerate import prepare_normuon
+    from tests.adapters.cpu_start import forget, pretend_gpus
 
-    PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+    forget()
+    pretend_gpus()
     accelerator = Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2))
     assert accelerator.is_fsdp2
     loader = DataLoader(examples(), GLOBAL_BATCH // accelerator.num_processes)

@@ -398,6 +398,12 @@ def test_parameters_that_cannot_be_trained_are_refused_by_name():
         plan_parameters(model)
 
 
+@pytest.mark.parametrize("option", ["split_fused", "per_head", "strict"])
+def test_a_word_in_place_of_a_truth_value_is_refused(option):
+    with pytest.raises(ValueError, match=f"{option}='false' must be True or False"):
+        plan_parameters(nn.Linear(2, 2), **{option: "false"})
+
+
 def test_unknown_policy_and_unknown_options_are_refused():
     with pytest.raises(ValueError, match="lora='yes' must be one of"):
         plan_parameters(nn.Linear(3, 3), lora="yes")
