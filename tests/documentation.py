@@ -132,5 +132,6 @@ def run_in_process(words):
     arguments = words[1:] if module else words
     path = [str(Path(arguments[0]).parent.resolve()), *sys.path]
     forget()
+    sys.modules.pop(f"{arguments[0]}.__main__", None)  # another test may have imported it
     with mock.patch.object(sys, "argv", arguments), mock.patch.object(sys, "path", path), mock.patch.dict(os.environ):
         (runpy.run_module if module else runpy.run_path)(arguments[0], run_name="__main__")

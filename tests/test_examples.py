@@ -65,6 +65,16 @@ def test_program_runs_in_two_processes(root, tmp_path, corpus, trained):
     assert final_loss(run(root, tmp_path, program, *arguments, launcher=TORCHRUN)) == pytest.approx(loss, abs=0.2)
 
 
+def test_lightning_cli_runs_in_two_processes(root, tmp_path):
+    command = [*TORCHRUN, str(root / "examples" / "lightning_cli.py"), "fit", "--trainer.devices", "2"]
+    command += ["--config", str(root / "examples" / "lightning_cli.yaml"), "--trainer.max_steps", "6"]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (table,) = (tmp_path / "runs" / "lightning_cli").glob("*/metrics.csv")
+    assert "normuon/update_rms" in table.read_text().partition("\n")[0]
+
+
 def test_comparison_prints_a_table_and_draws_the_curves(root, tmp_path, corpus):
     printed = run(root, tmp_path, "compare_optimizers.py", "--text", str(corpus))
     for label in ("AdamW", "Muon", "NorMuon", "seconds", "MiB"):
