@@ -13,7 +13,7 @@ from normuon_plugins.distributed.agreement import gather_rows
 from normuon_plugins.distributed.placement import compute_device
 
 # What NeuronRecord.totals returns: so many sums, then so many largest values.
-SUMS, MAXIMA = 7, 2
+SUMS, MAXIMA = 4, 2
 
 
 class NeuronRecord(NamedTuple):
@@ -36,20 +36,23 @@ class NeuronRecord(NamedTuple):
         """Keep the small parts of ``direction``."""
         return cls(direction.rms, direction.scale, direction.direction.shape[-1], _frozen(lr))
 
-    def totals(self) -> Tensor:
-        """Return what adds up over batches and ranks, shape ``(9,)``, float32, on the batch's device.
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """How many matrices, numbers and neurons there are; known without asking the device."""
+        neurons = self.rms.numel()
+        return self.rms.shape[0], neurons * self.cols, neurons
 
-        ``SUMS`` sums: matrices, numbers, neurons, spreads before and after the neuron step, squares of the direction,
-        rates. Then two maxima: of the rates, and of minus the rates.
+    def totals(self) -> Tensor:
+        """Return what adds up over batches and ranks, shape ``(6,)``, float32, on the batch's device.
+
+        ``SUMS`` sums: spreads before and after the neuron step, squares of the direction, rates. Then ``MAXIMA``
+        largest values: of the rates, and of minus the rates.
         """
         before = self.rms.float().squeeze(-1)
         scale = self.scale.float().squeeze(-1)
         after, rates = before * scale, scale * self.lr
-        matrices, neurons = before.shape[0], before.numel()
-        counts = before.new_tensor([matrices, neurons * self.cols, neurons])
         squares = after.square().sum() * self.cols
-        found = [_spread(before), _spread(after), squares, rates.sum(), rates.max(), -rates.min()]
-        return torch.cat([counts, torch.stack(found)])
+        return torch.stack([_spread(before), _spread(after), squares, rates.sum(), rates.max(), -rates.min()])
 
 
 def _spread(rms: Tensor) -> Tensor:
@@ -81,7 +84,7 @@ def share(param_groups: Sequence[Mapping[str, Any]]) -> float:
 
 def neuron_metrics(records: Sequence[NeuronRecord]) -> dict[str, Tensor]:
     """Return what the last step did to the neurons of the matrices that this rank computed, on their device."""
-    return _describe(_sum(records).unbind()) if records else {}
+    return _describe(_count(records), _sum(records).unbind()) if records else {}
 
 
 def synchronized_neuron_metrics(records: Sequence[NeuronRecord], parameter: Tensor) -> dict[str, float]:
@@ -92,9 +95,17 @@ def synchronized_neuron_metrics(records: Sequence[NeuronRecord], parameter: Tens
         parameter: Any parameter; says on which device ranks talk.
     """
     device = compute_device(parameter)
-    row = _sum(records).to(device) if records else torch.zeros(SUMS + MAXIMA, device=device)
-    rows = [row for row in gather_rows(row) if row[0]]
-    return _describe(_merge(torch.tensor(rows, dtype=torch.float64)).tolist()) if rows else {}
+    counts = torch.tensor(_count(records), dtype=torch.float32, device=device)
+    totals = _sum(records).to(device) if records else torch.zeros(SUMS + MAXIMA, device=device)
+    # Ranks without a matrix have no rate: their zeros would be the smallest.
+    rows = torch.tensor([row for row in gather_rows(torch.cat([counts, totals])) if row[0]], dtype=torch.float64)
+    return _describe(rows[:, :3].sum(dim=0).tolist(), _merge(rows[:, 3:]).tolist()) if len(rows) else {}
+
+
+def _count(records: Sequence[NeuronRecord]) -> tuple[int, int, int]:
+    rows = [(0, 0, 0), *(record.counts for record in records)]
+    matrices, numbers, neurons = map(sum, zip(*rows, strict=True))
+    return matrices, numbers, neurons
 
 
 def _sum(records: Sequence[NeuronRecord]) -> Tensor:
@@ -107,8 +118,9 @@ def _merge(rows: Tensor) -> Tensor:
     return torch.cat([rows[:, :SUMS].sum(dim=0), rows[:, SUMS:].amax(dim=0)])
 
 
-def _describe(totals: Sequence[Any]) -> dict[str, Any]:
-    matrices, numbers, neurons, before, after, squares, rates, largest, minus_smallest = totals
+def _describe(counts: Sequence[float], totals: Sequence[Any]) -> dict[str, Any]:
+    matrices, numbers, neurons = counts
+    before, after, squares, rates, largest, minus_smallest = totals
     return {
         "normuon/update_rms": (squares / numbers) ** 0.5,
         "normuon/neuron_lr_min": -minus_smallest,

@@ -62,7 +62,7 @@ def _norm(parameters: Sequence[Tensor], order: float) -> Tensor:
     """
     blocks: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = defaultdict(list)
     for parameter in parameters:
-        norm = torch.zeros((), dtype=torch.float32)
+        norm = torch.zeros((), dtype=torch.float32, device=compute_device(parameter))
         if parameter.grad is not None and local(parameter).numel() > 0:
             block = gradient_block(parameter.grad, parameter)
             norm = torch.linalg.vector_norm(block, order, dtype=torch.promote_types(block.dtype, torch.float32))

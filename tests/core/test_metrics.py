@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from normuon_plugins import NorMuon, build_normuon
 from tests.models import tiny_llama, token_blocks
@@ -82,6 +83,27 @@ def test_rates_are_those_of_the_step_though_a_scheduler_moved_on(lr):
 def test_without_synchronization_numbers_of_neurons_stay_on_their_device():
     found = stepped(nn.Parameter(torch.zeros(6, 10)), lr=torch.tensor(0.5)).metrics()
     assert {key for key, value in found.items() if isinstance(value, torch.Tensor)} == {"normuon/lr", *NEURONS}
+
+
+class Operations(TorchDispatchMode):
+    """Remembers what torch was asked for: Python reads by ``_local_scalar_dense``, devices change by ``_to_copy``."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.__name__.split(".")[0])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("synchronize", [False, True])
+def test_only_synchronization_reads_a_value_from_the_device(synchronize):
+    optimizer = stepped(nn.Parameter(torch.zeros(6, 10)))
+    with Operations() as seen:
+        optimizer.metrics(synchronize=synchronize)
+    assert {"sum", "stack"} <= seen.names
+    assert bool(seen.names & {"_local_scalar_dense", "_to_copy", "lift_fresh"}) is synchronize
 
 
 def test_synchronized_numbers_are_floats_also_for_a_tensor_rate():
