@@ -16,8 +16,9 @@ help:
 demo: $(INSTALLED)
 	$(BIN)/python examples/compare_optimizers.py
 
+# Two files at a time: many tests start processes and wait for them.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

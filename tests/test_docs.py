@@ -23,7 +23,7 @@ from tests.models import tiny_llama
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = [README, *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 LANGUAGES = {"python", "bash", "yaml", "json", "text"}  # of which text is what a program printed, or a drawing
 
 

@@ -80,7 +80,8 @@ def plan_rounds(stacks: Sequence[Stack], owners: Sequence[int], ranks: int, buck
         chosen: list[int] = []
         bound = max(bucket_bytes, *(stacks[queue[0]].nbytes for queue in queues if queue))
         owned, sent = [0] * ranks, [0] * ranks
-        open_queues = [queue for queue in queues if queue]
+        # The largest first: it is taken, so that the bound is that of a stack of this round.
+        open_queues = sorted((queue for queue in queues if queue), key=lambda queue: -stacks[queue[0]].nbytes)
         while open_queues:
             for queue in list(open_queues):
                 stack, owner = stacks[queue[0]], owners[queue[0]]

@@ -1,7 +1,7 @@
 """Owners, rounds and batches: every stack once, balanced, within the bound, the same for the same stacks."""
 
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 
@@ -48,6 +48,9 @@ def stacks_of(shapes, mesh_shape, placements, bucket_bytes, layout="o i"):
     return stacks, ranks
 
 
+# Found once by chance: a large matrix that waited for the next round raised the bound of this one.
+@example(shapes=[(1, 1), (1, 1), (1, 4)], sharding=((4,), (Shard(1),)), bucket_bytes=1)
+@example(shapes=[(1, 1), (1, 1), (1, 4)], sharding=((4,), (Shard(1),)), bucket_bytes=4)
 @given(shapes=SHAPES, sharding=st.sampled_from(SHARDINGS), bucket_bytes=st.integers(1, 4000))
 def test_every_stack_is_planned_once_within_the_bound(shapes, sharding, bucket_bytes):
     stacks, ranks = stacks_of(shapes, *sharding, bucket_bytes)
