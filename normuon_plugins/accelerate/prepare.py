@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from numbers import Number
 from typing import Any
 
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, fsdp2_canonicalize_names
-from torch import nn
+from accelerate.utils import DistributedType, fsdp2_canonicalize_names, get_int_from_env
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -20,6 +21,13 @@ from normuon_plugins.core.build import build_normuon
 FOREIGN_SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 # Where every process holds the whole model and DDP makes the gradients equal.
 REPLICATING = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
+
+ALONE = (
+    "This process trains alone, on the whole model and all data; if it is one of several, start them with torchrun, on"
+    " CPUs with Accelerator(cpu=True)."
+)
+# What stands among the loaders by mistake: options without their names, and what needs the optimizer first.
+MISPLACED = (Number, str, Mapping, Tensor, Optimizer, LRScheduler)
 
 
 def prepare_normuon(accelerator: Accelerator, model: nn.Module, *others: Any, **options: Any) -> tuple[Any, ...]:
@@ -38,7 +46,8 @@ def prepare_normuon(accelerator: Accelerator, model: nn.Module, *others: Any, **
     Raises:
         ValueError: If the accelerator shards parameters in another way than FSDP2, the model is already prepared or
             wrapped in DDP, or see ``build_normuon``.
-        TypeError: If an option is not known, or a number, an optimizer or a scheduler stands among ``others``.
+        TypeError: If an option is not known, arguments stand in another order, or an option without its name, an
+            optimizer or a scheduler stands among ``others``.
 
     Warns:
         UserWarning: If FSDP was asked for and Accelerate runs without it.
@@ -46,14 +55,9 @@ def prepare_normuon(accelerator: Accelerator, model: nn.Module, *others: Any, **
     Example:
         model, optimizer, loader = prepare_normuon(accelerator, model, loader, lr=3e-4, weight_decay=0.1)
     """
+    _check_kinds(accelerator, model, others)
     _check_sharding(accelerator)
     _check_model(accelerator, model)
-    misplaced = [other for other in others if isinstance(other, (Number, Optimizer, LRScheduler))]
-    if misplaced:
-        raise TypeError(
-            f"prepare_normuon takes data loaders after the model, not a {type(misplaced[0]).__name__}."
-            " Options go in by name (lr=...), a scheduler is built on the returned optimizer."
-        )
     if accelerator.distributed_type in REPLICATING and accelerator.parallelism_config is None:
         options.setdefault("process_group", dist.group.WORLD)
     optimizer = build_normuon(model, **options)
@@ -61,6 +65,24 @@ def prepare_normuon(accelerator: Accelerator, model: nn.Module, *others: Any, **
     if accelerator.is_fsdp2:
         _take_parameters_by_name(optimizer, prepared[0])
     return prepared
+
+
+def _check_kinds(accelerator: Any, model: Any, others: tuple[Any, ...]) -> None:
+    """Refuse arguments in another order, and options that were not given by name: they would be ignored."""
+    if isinstance(accelerator, type) or not hasattr(accelerator, "distributed_type"):
+        found = accelerator.__name__ + " itself" if isinstance(accelerator, type) else type(accelerator).__name__
+        raise TypeError(f"prepare_normuon(accelerator, model, loader, lr=...) begins with an Accelerator, not {found}.")
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            "prepare_normuon(accelerator, model, loader, lr=...) takes the model, an nn.Module, after the accelerator;"
+            f" got {type(model).__name__}."
+        )
+    for other in others:
+        if isinstance(other, MISPLACED):
+            raise TypeError(
+                f"prepare_normuon takes data loaders after the model, not {type(other).__name__}. Options go in by name"
+                " (lr=..., or **options), a scheduler is built on the returned optimizer."
+            )
 
 
 def _check_sharding(accelerator: Accelerator) -> None:
@@ -76,10 +98,12 @@ def _check_sharding(accelerator: Accelerator) -> None:
     # Accelerate drops a plugin that it does not use. This property still says that there was one; on XLA it means
     # something else.
     asked = accelerator.gradient_state.is_xla_gradients_synced and kind != DistributedType.XLA
-    if asked and not accelerator.is_fsdp2 and accelerator.is_main_process:
+    started = get_int_from_env(["WORLD_SIZE"], 1)  # as Accelerate itself asks the launcher
+    if kind == DistributedType.NO and started > 1:
+        warnings.warn(f"{started} processes were started, and this accelerator knows one. {ALONE}", stacklevel=3)
+    elif asked and not accelerator.is_fsdp2 and accelerator.is_main_process:
         what = (
-            "This process trains alone, on the whole model; if it is one of several, start them with accelerate launch"
-            " or torchrun, on CPUs with Accelerator(cpu=True)."
+            ALONE
             if kind == DistributedType.NO
             else "Processes train as under DDP: the same weights, and all of the model in each."
         )
@@ -95,8 +119,8 @@ def _check_model(accelerator: Accelerator, model: nn.Module) -> None:
     mine = {id(p) for known in accelerator._models for p in known.parameters() if p.requires_grad}
     if getattr(model, "_is_accelerate_prepared", False) or any(id(p) in mine for p in model.parameters()):
         raise ValueError(
-            "the model is already prepared; give prepare_normuon the model itself, before prepare(): in place of"
-            " accelerator.prepare(model, loader), call prepare_normuon(accelerator, model, loader, lr=...)."
+            "the model is already prepared; give prepare_normuon the model itself, before prepare(), and once: in place"
+            " of accelerator.prepare(model, loader), call prepare_normuon(accelerator, model, loader, lr=...)."
         )
     if isinstance(model, DistributedDataParallel):
         raise ValueError("the model is wrapped in DistributedDataParallel, as Accelerate will do; give model.module.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,14 @@ from normuon_plugins.core.parameter_plan import plan_parameters
 # What each side takes besides the model or its parameters.
 PLAN_OPTIONS = tuple(inspect.signature(plan_parameters).parameters)[1:]
 OPTIMIZER_OPTIONS = tuple(inspect.signature(NorMuon).parameters)[1:]
+
+
+def check_known(options: Mapping[str, Any], *others: str) -> None:
+    """Raise ``TypeError`` for an option that nobody knows; ``others`` are those of the caller alone."""
+    known = {*PLAN_OPTIONS, *OPTIMIZER_OPTIONS}
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise TypeError(f"unknown options {unknown}; known are {sorted(known.union(others))}.")
 
 
 def build_normuon(model: nn.Module, **options: Any) -> NorMuon:
@@ -31,9 +40,7 @@ def build_normuon(model: nn.Module, **options: Any) -> NorMuon:
     The first step raises ``RuntimeError`` if the model lost a parameter that was planned: it was sharded or replaced in
     between, and the optimizer would train nothing.
     """
-    unknown = sorted(options.keys() - {*PLAN_OPTIONS, *OPTIMIZER_OPTIONS})
-    if unknown:
-        raise TypeError(f"unknown options {unknown}; known are {sorted({*PLAN_OPTIONS, *OPTIMIZER_OPTIONS})}.")
+    check_known(options)
     plan_options = {name: options.pop(name) for name in PLAN_OPTIONS if name in options}
     plan = plan_parameters(model, **plan_options)
     optimizer = NorMuon(plan.param_groups(), **options)

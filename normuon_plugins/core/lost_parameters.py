@@ -43,8 +43,9 @@ def warn_of_nothing_to_learn(param_groups: Sequence[Mapping[str, Any]]) -> None:
     """Warn that nothing has a gradient at the first step; groups that were made by hand have no model to ask."""
     count = sum(len(group["params"]) for group in param_groups)
     warnings.warn(
-        f"None of the {count} parameters of this optimizer has a gradient at its first step. If the model was sharded,"
-        " replaced or frozen (an adapter was added) after the optimizer was built, build the optimizer afterwards.",
+        f"None of the {count} parameters of this optimizer has a gradient at its first step. Was backward() called? If"
+        " the model was sharded, copied or frozen (an adapter was added) after the optimizer was built, build the"
+        " optimizer afterwards.",
         stacklevel=4,  # past NorMuon.step and torch's wrapper of it
     )
 
@@ -62,9 +63,15 @@ def _lost(optimizer: Optimizer, model: nn.Module, planned: set[str]) -> list[str
 
 def _message(lost: Sequence[str], planned: int) -> str:
     which = repr(lost[0]) if len(lost) == 1 else f"{lost[0]!r} and {len(lost) - 1} more"
+    message = (
+        f"{which} of the {planned} parameters of this optimizer: no longer in the model, which was sharded, resized,"
+        " tied or changed otherwise after the optimizer was built, and would train without them. Build the optimizer"
+        " afterwards."
+    )
+    if len(lost) < planned:
+        return message
     return (
-        f"{which} of the {planned} parameters of this optimizer are no longer the model's: the model was sharded or"
-        " replaced after the optimizer was built, and would train without it. Build the optimizer afterwards. Fabric:"
-        " setup_normuon(fabric, model), or fabric.setup_module(model) first. Accelerate: prepare_normuon(accelerator,"
-        " model), or prepare(model, optimizer) in one call. fully_shard(model), then build_normuon(model)."
+        f"{message} Fabric: setup_normuon(fabric, model), or fabric.setup_module(model) first. Accelerate:"
+        " prepare_normuon(accelerator, model), or prepare(model, optimizer) in one call. fully_shard(model), then"
+        " build_normuon(model)."
     )

@@ -50,7 +50,9 @@ class NeuronRecord(NamedTuple):
         """
         before = self.rms.float().squeeze(-1)
         scale = self.scale.float().squeeze(-1)
-        after, rates = before * scale, scale * self.lr
+        after = before * scale
+        # A row of zeros stays zero whatever it is multiplied by, which is huge then: it has no rate.
+        rates = (scale * self.lr).masked_fill(before == 0, 0.0)
         squares = after.square().sum() * self.cols
         return torch.stack([_spread(before), _spread(after), squares, rates.sum(), rates.max(), -rates.min()])
 

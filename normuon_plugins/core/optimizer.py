@@ -268,13 +268,15 @@ class NorMuon(Optimizer):
             - ``normuon/lr``, ``adamw/lr``: learning rate of the first group of each kind, in the last step;
             - ``normuon/share``: of all trainable numbers, those on NorMuon;
             - ``normuon/skipped``: ``skipped_steps``;
-            - ``normuon/update_rms``: root mean square of what ``lr`` multiplied, 0.2 with the default scaling;
+            - ``normuon/update_rms``: root mean square of what ``lr`` multiplied: 0.2 with the default scaling, less
+              where whole matrices had no gradient;
             - ``normuon/neuron_lr_min``, ``_mean``, ``_max``: effective learning rate of a neuron, ``lr`` times what its
-              row of the orthogonalized update was multiplied by;
+              row of the orthogonalized update was multiplied by; zero for a neuron without an update;
             - ``normuon/neuron_spread_before``, ``_after``: standard deviation over mean of the norms of a matrix's
               neurons in the update, before and after the neuron step; a mean over matrices.
 
-            Those after ``skipped`` exist once a matrix was stepped.
+            Those after ``skipped`` exist once a matrix was stepped. One that several ranks compute, each on its own
+            (plain beside tensor-parallel ones), counts as often in the means.
         """
         known = {
             **(self._rates or first_rates(self.param_groups)),

@@ -16,6 +16,7 @@ from normuon_plugins.distributed.placement import describe, is_like, local, zero
 # float32 whatever the parameter's dtype: a decay of 0.05 per step is below bfloat16's resolution, and counting steps
 # ends at 256.
 FLOAT32_STATE = frozenset({"second_momentum_buffer", "step"})
+LIKE_PARAMETER = frozenset({"momentum_buffer", "exp_avg", "exp_avg_sq"})
 
 
 def state_shapes(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -113,6 +114,11 @@ def _check_saved_state(parameter: Tensor, name: str, group: Mapping[str, Any], s
 def check_state(parameter: Tensor, group: Mapping[str, Any], name: str, state: Mapping[str, Tensor]) -> None:
     """Raise ``ValueError`` when ``parameter`` was cast, moved, sharded or routed anew since ``state`` was created."""
     for key, shape in state_shapes(parameter, group).items():
+        if key in LIKE_PARAMETER and key in state and tuple(state[key].shape) != shape:
+            raise ValueError(
+                f"{name!r} has shape {shape}, its {key} {tuple(state[key].shape)}: the parameter was resized after the"
+                " first step. Build a new optimizer, or resize first."
+            )
         if key not in state or tuple(state[key].shape) != shape:
             raise ValueError(
                 f"{name!r} is on {_words((group['algorithm'], group.get('layout')))}, its state is not: the group was"

@@ -38,8 +38,11 @@ def clip_grad_norm_(
         once: ranks are taken to hold the same ones (DDP, or replicated under tensor parallel).
 
     Raises:
+        ValueError: If ``norm_type`` is not above 0.
         RuntimeError: Under ``error_if_nonfinite``, on every rank.
     """
+    if not norm_type > 0:
+        raise ValueError(f"norm_type={norm_type!r} must be above 0; math.inf is the largest entry.")
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if not given:
         return torch.tensor(0.0)

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
-from normuon_plugins.core.build import build_normuon
+from normuon_plugins.core.build import build_normuon, check_known
 from normuon_plugins.core.optimizer import NorMuon
 from normuon_plugins.lightning.schedule import build_schedule
 from normuon_plugins.lightning.strategies import complete_options
@@ -31,8 +31,16 @@ def configure_normuon(
     Raises:
         ValueError: If the strategy hides the shapes of the parameters (FSDP1, DeepSpeed), the trainer does not know how
             long the run is, ``warmup`` is given without a scheduler, or see ``build_normuon``.
-        TypeError: If an option is not known.
+        TypeError: If ``module`` is no LightningModule, or an option is not known.
     """
+    if not hasattr(
+        module, "configure_optimizers"
+    ):  # lightning.pytorch and pytorch_lightning each have a LightningModule
+        raise TypeError(
+            f"configure_normuon takes the LightningModule itself (self), not {type(module).__name__}; for one part of"
+            " it, build_normuon(part, ...)."
+        )
+    check_known(options, "scheduler", "warmup")
     if scheduler is None and warmup:
         raise ValueError(f"warmup={warmup} needs a scheduler; scheduler='constant' keeps the rate after the warmup.")
     trainer = getattr(module, "_trainer", None)  # module.trainer raises where there is none yet

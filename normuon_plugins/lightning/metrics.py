@@ -12,7 +12,8 @@ from normuon_plugins.core.optimizer import NorMuon
 class NorMuonMetrics(Callback):  # type: ignore[misc]  # mypy does not follow lightning
     """Log ``NorMuon.metrics`` every ``log_every_n_steps`` optimizer steps, to every logger that the Trainer has.
 
-    All ranks take part in one small collective, rank zero writes. The step in the log is that of ``self.log``. Without
+    All ranks take part in one small collective, rank zero writes. The step in the log is that of ``self.log``, where a
+    batch takes one step. Without
     a logger nothing is written. Keys end with ``-0``, ``-1``, ... where a module has several NorMuon optimizers.
 
     Raises:

@@ -89,7 +89,7 @@ def test_learning_rate_monitor_logs_both_rates_by_group_name(tmp_path):
 
 def test_warmup_without_a_scheduler_is_refused():
     with pytest.raises(ValueError, match="warmup=10 needs a scheduler"):
-        configure_normuon(tiny_llama(), warmup=10)
+        configure_normuon(lightning_module(tiny_llama()), warmup=10)
 
 
 @pytest.mark.parametrize(
@@ -112,8 +112,13 @@ def test_a_run_without_end_needs_a_length(tmp_path):
 
 
 def test_an_unknown_option_is_refused():
-    with pytest.raises(TypeError, match=r"unknown options \['learning_rate'\]"):
-        configure_normuon(tiny_llama(), **OPTIONS, learning_rate=0.1)
+    with pytest.raises(TypeError, match=r"unknown options \['schedule'\]; known are .*'scheduler', .*'warmup'"):
+        configure_normuon(lightning_module(tiny_llama()), **OPTIONS, schedule="cosine")
+
+
+def test_a_part_of_the_module_is_refused():
+    with pytest.raises(TypeError, match=r"takes the LightningModule itself \(self\), not LlamaForCausalLM"):
+        configure_normuon(tiny_llama(), **OPTIONS)
 
 
 @pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy])

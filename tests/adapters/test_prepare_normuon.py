@@ -121,9 +121,29 @@ def test_fsdp_in_a_process_that_is_alone_says_so():
         prepare_normuon(accelerator, tiny_llama())
 
 
-@pytest.mark.parametrize("misplaced", [3e-5, torch.optim.SGD([torch.ones(1)])])
+def test_a_process_that_is_alone_among_several_says_so(monkeypatch):
+    accelerator = Accelerator(cpu=True)  # with the next line before it, it would know the other
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(UserWarning, match=r"2 processes were started.*This process trains alone.*cpu=True"):
+        prepare_normuon(accelerator, tiny_llama())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((tiny_llama(), DataLoader([1])), "begins with an Accelerator, not LlamaForCausalLM"),
+        ((Accelerator, tiny_llama()), "begins with an Accelerator, not Accelerator itself"),
+        ((SimpleNamespace(distributed_type=None), DataLoader([1])), "takes the model, .* got DataLoader"),
+    ],
+)
+def test_arguments_in_another_order_are_refused(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        prepare_normuon(*arguments)
+
+
+@pytest.mark.parametrize("misplaced", [3e-5, torch.optim.SGD([torch.ones(1)]), {"lr": 3e-5}, torch.tensor(3e-5)])
 def test_what_is_no_loader_is_refused(misplaced):
-    with pytest.raises(TypeError, match=r"takes data loaders after the model, not a (float|SGD)"):
+    with pytest.raises(TypeError, match=r"takes data loaders after the model, not (float|SGD|dict|Tensor)\."):
         prepare_normuon(Accelerator(cpu=True), tiny_llama(), misplaced)
 
 

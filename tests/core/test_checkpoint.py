@@ -231,3 +231,16 @@ def test_checkpoint_from_before_an_option_existed_takes_its_value_from_init():
     optimizer = NorMuon([weight], beta2=0.7)
     optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["beta2"] == 0.7
+
+
+def test_a_parameter_that_was_resized_after_the_first_step_is_named_with_both_shapes():
+    table = torch.nn.Embedding(4, 3)
+    optimizer = NorMuon([{"params": [("table", table.weight)], "algorithm": "adamw"}])
+    table.weight.grad = torch.ones(4, 3)
+    optimizer.step()
+    table.weight.data = torch.ones(5, 3)
+    table.weight.grad = torch.ones(5, 3)
+    with pytest.raises(
+        ValueError, match=r"'table' has shape \(5, 3\), its exp_avg \(4, 3\): the parameter was resized"
+    ):
+        optimizer.step()

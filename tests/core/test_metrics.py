@@ -61,6 +61,20 @@ def test_neuron_numbers_are_those_of_the_change_against_plain_orthogonalization(
     assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_neuron_without_an_update_has_no_rate(normalize):
+    """Its row was multiplied by one over nothing, and the mean and the largest rate were 1e35."""
+    weights = [nn.Parameter(torch.zeros(4, 6)) for _ in range(2)]
+    weights[0].grad = torch.randn(4, 6)
+    weights[0].grad[1] = 0
+    weights[1].grad = torch.zeros(4, 6)
+    optimizer = NorMuon(weights, lr=0.01, normalize_neurons=normalize, ns_dtype="float32")
+    optimizer.step()
+    found = optimizer.metrics(synchronize=True)
+    assert found["normuon/neuron_lr_min"] == 0
+    assert 0 < found["normuon/neuron_lr_mean"] < found["normuon/neuron_lr_max"] < 0.1
+
+
 def test_the_neuron_step_makes_neurons_equal():
     found = stepped(nn.Parameter(torch.zeros(6, 10))).metrics()
     assert found["normuon/neuron_spread_before"] > 0.05

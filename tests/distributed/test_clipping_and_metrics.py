@@ -108,3 +108,8 @@ def test_a_norm_that_is_not_finite_is_refused_on_request_before_any_scaling():
     assert torch.equal(weight.grad, torch.tensor([torch.inf, 1.0]))
     clip_grad_norm_(weight, 1.0)
     assert weight.grad[1] == 0
+
+
+def test_an_order_that_is_no_norm_is_refused():
+    with pytest.raises(ValueError, match=r"norm_type=0 must be above 0"):
+        clip_grad_norm_(nn.Parameter(torch.zeros(2)), 1.0, norm_type=0)
