@@ -56,7 +56,7 @@ def _lost(optimizer: Optimizer, model: nn.Module, planned: set[str]) -> list[str
     return [
         name
         for group in optimizer.param_groups
-        for name, parameter in zip(group.get("param_names", ()), group["params"], strict=True)
+        for name, parameter in zip(group.get("param_names", ()), group["params"], strict=False)
         if name in planned and id(parameter) not in owned
     ]
 
