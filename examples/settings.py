@@ -86,7 +86,8 @@ def parse_arguments(
         if record.exists() and record.read_text() != args.optim:
             parser.error(f"--resume: the run in {args.output} trains with --optim {record.read_text()}")
     args.output.mkdir(parents=True, exist_ok=True)
-    record.write_text(args.optim)
+    if not args.resume:  # a file that some processes write while others read it is empty for a moment
+        record.write_text(args.optim)
     return args
 
 

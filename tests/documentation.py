@@ -114,6 +114,8 @@ class Runner:
         self._python([*(["-m"] if parsed.module else []), parsed.training_script, *parsed.training_script_args])
 
     def _python(self, words):
+        if words[:2] in (["-m", "venv"], ["-m", "pytest"]):
+            return  # environments of other versions: docs/compatibility.md says what they gave
         if words[:2] == ["-m", "normuon_plugins"]:
             self._normuon(words[2:])
         elif words[0] == "-m":
