@@ -154,7 +154,7 @@ def _choose_class(config: Any, asked: Any, options: argparse.Namespace) -> tuple
     if named is not None and (found := _local_class(_model_class(named), config)):
         return found
     for name in AUTO_CLASSES:
-        if found := _local_class(getattr(transformers, name), config):
+        if found := _local_class(getattr(transformers, name, None), config):
             why = f"no class of transformers fits {named!r} of the config" if named else "the config names no class"
             remedy = "--trust-remote-code builds the config's own" if own else "--architecture names another"
             _note(f"{why}; this is the plan of {found[0].__name__} ({remedy}).")

@@ -81,7 +81,24 @@ def plain(dtype=torch.float32):
 
 def gathered(tensor):
     """Return the whole tensor, detached."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().clone()
+    if any(isinstance(placement, _StridedShard) for placement in tensor.placements) and tensor.device_mesh.ndim == 1:
+        return gathered_by_number(tensor)
+    return tensor.full_tensor().detach().clone()
+
+
+def gathered_by_number(tensor):
+    """Return the whole tensor where torch 2.11 cannot: it refuses to gather a ``_StridedShard`` that stands alone."""
+    numbers = torch.arange(tensor.numel()).view(tensor.shape)
+    mine = distribute_tensor(numbers, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
+    pieces = [None] * tensor.device_mesh.size()
+    found = (mine.flatten(), tensor.detach().to_local().flatten())
+    dist.all_gather_object(pieces, found, group=tensor.device_mesh.get_group())
+    whole = torch.full((tensor.numel(),), float("nan"), dtype=tensor.dtype)
+    for places, values in pieces:
+        whole[places] = values
+    return whole.view(tensor.shape)
 
 
 def whole_run(model, optimizer):
