@@ -24,12 +24,21 @@ SHORT += " --vocabulary 300 --width 64 --layers 1"
 
 # What a reader has at hand where a page says train.py: a script for the Trainer that never heard of us.
 TRAIN_SCRIPT = """
-import torch
+import json, sys
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, Trainer, TrainingArguments
+import torch
 (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
+torch.manual_seed(0)
 model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=8))
 data = [{"input_ids": block, "labels": block} for block in torch.randint(0, 32, (8, 8))]
-Trainer(model=model, args=arguments, train_dataset=data).train()
+trainer = Trainer(model=model, args=arguments, train_dataset=data)
+trainer.train()
+optimizer = trainer.optimizer.optimizer
+if trainer.is_world_process_zero():
+    layouts = sorted({group.get("layout", "-") for group in optimizer.param_groups})
+    print(json.dumps([type(optimizer).__name__, layouts, arguments.world_size, __name__]))
+if torch.distributed.is_initialized():  # left open, gloo's threads may abort the process at its end
+    torch.distributed.destroy_process_group()
 """
 TRAIN_OPTIONS = "--output_dir out --max_steps 1 --use_cpu --report_to none --save_strategy no"
 TRL_OPTIONS = "--max_steps 1 --use_cpu --report_to none"

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCABULARY = 64
@@ -42,6 +43,11 @@ class PlainTransformer(nn.Module):
         self.up = nn.ConvTranspose1d(8, 16, 3)
         self.gate = nn.Linear(16, 1)
         self.head = nn.Linear(16, VOCABULARY)
+
+
+def whole(tensor):
+    """Return all of a tensor, on every rank, as a copy of its own."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def max_difference(first, second):

@@ -154,8 +154,7 @@ def private_names(path):
             found.add(node.attr)
         elif isinstance(node, ast.Call) and getattr(node.func, "id", None) in ("getattr", "setattr", "hasattr"):
             found |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
-    private = {name for name in found if isinstance(name, str) and name.startswith("_") and not name.startswith("__")}
-    return private - {"_fsdp_flattened"}  # torch's, not the framework's
+    return {name for name in found if isinstance(name, str) and name.startswith("_") and not name.startswith("__")}
 
 
 @pytest.mark.parametrize("place", INTERNALS)

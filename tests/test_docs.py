@@ -31,13 +31,16 @@ LANGUAGES = {"python", "bash", "yaml", "json", "text"}  # of which text is what 
 def _as_in_a_new_process():
     """Every page begins and ends as if no other had run: what frameworks keep for the whole process is reset."""
     with mock.patch.dict(os.environ):
-        for after in (False, True):
-            forget()
-            unregister_normuon()
-            if torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()
-            if not after:
-                yield
+        reset()
+        yield
+        reset()
+
+
+def reset():
+    forget()
+    unregister_normuon()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def pages_with(language):

@@ -21,12 +21,16 @@ PROGRAMS = ["train_accelerate.py", "train_hf_trainer.py", "train_lightning.py"]
 TORCHRUN = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2"]
 
 
-def run(root, folder, program, *arguments, launcher=(sys.executable,)):
-    command = [*launcher, str(root / "examples" / program), *SHORT, "--lr", "0.02", *arguments]
+def execute(command, folder):
+    """Run a command in ``folder`` and return what it printed."""
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def run(root, folder, program, *arguments, launcher=(sys.executable,)):
+    return execute([*launcher, str(root / "examples" / program), *SHORT, "--lr", "0.02", *arguments], folder)
 
 
 def final_loss(printed):
@@ -68,9 +72,7 @@ def test_program_runs_in_two_processes(root, tmp_path, corpus, trained):
 def test_lightning_cli_runs_in_two_processes(root, tmp_path):
     command = [*TORCHRUN, str(root / "examples" / "lightning_cli.py"), "fit", "--trainer.devices", "2"]
     command += ["--config", str(root / "examples" / "lightning_cli.yaml"), "--trainer.max_steps", "6"]
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr[-3000:]
+    execute(command, tmp_path)
     (table,) = (tmp_path / "runs" / "lightning_cli").glob("*/metrics.csv")
     assert "normuon/update_rms" in table.read_text().partition("\n")[0]
 

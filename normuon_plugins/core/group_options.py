@@ -178,6 +178,11 @@ def _primitive(value: Any) -> Any:
     return int(value) if isinstance(value, Integral) else float(value)
 
 
+def is_flat_shard(parameter: Tensor) -> bool:
+    """Return whether a parameter is a flat piece of FSDP1, which marks them (``_fsdp_flattened``)."""
+    return bool(getattr(parameter, "_fsdp_flattened", False))
+
+
 def check_parameter(parameter: Tensor, group: Mapping[str, Any], name: str) -> None:
     """Raise unless the group's algorithm can train ``parameter``; the message names it and the remedy.
 
@@ -206,7 +211,7 @@ def check_parameter(parameter: Tensor, group: Mapping[str, Any], name: str) -> N
     try:
         parse_layout(group["layout"]).check(parameter.shape)
     except ValueError as error:
-        if hasattr(parameter, "_fsdp_flattened"):
+        if is_flat_shard(parameter):
             remedy = "It is a flat shard of FSDP1, which hides the matrices: use FSDP2 (fully_shard)."
         elif parameter.ndim < 2:
             remedy = "Put it in an AdamW group (plan_parameters does), or let build_normuon(model) build all groups."

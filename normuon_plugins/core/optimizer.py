@@ -256,6 +256,13 @@ class NorMuon(Optimizer):
         self._rates = first_rates(self.param_groups)
         return loss
 
+    def rates(self) -> dict[str, float | Tensor]:
+        """Return ``normuon/lr`` and ``adamw/lr``: those of the first group of each kind, in the last step.
+
+        A scheduler has moved the groups on when a framework logs. Before the first step they are those of the groups.
+        """
+        return self._rates or first_rates(self.param_groups)
+
     def metrics(self, *, synchronize: bool = False) -> dict[str, float | Tensor]:
         """Return what the last step did, for a log.
 
@@ -265,7 +272,7 @@ class NorMuon(Optimizer):
                 matrices, from one collective that every rank must join.
 
         Returns:
-            - ``normuon/lr``, ``adamw/lr``: learning rate of the first group of each kind, in the last step;
+            - ``normuon/lr``, ``adamw/lr``: see ``rates``;
             - ``normuon/share``: of all trainable numbers, those on NorMuon;
             - ``normuon/skipped``: ``skipped_steps``;
             - ``normuon/update_rms``: root mean square of what ``lr`` multiplied: 0.2 with the default scaling, less
@@ -279,7 +286,7 @@ class NorMuon(Optimizer):
             (plain beside tensor-parallel ones), counts as often in the means.
         """
         known = {
-            **(self._rates or first_rates(self.param_groups)),
+            **self.rates(),
             "normuon/share": share(self.param_groups),
             "normuon/skipped": float(self.skipped_steps),
         }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from normuon_plugins.core.adapter_rules import LORA_POLICIES, adapter_decision
 from normuon_plugins.core.decision import Decision
-from normuon_plugins.core.group_options import DEFAULT_LAYOUT, TRAINABLE_DTYPES
+from normuon_plugins.core.group_options import DEFAULT_LAYOUT, TRAINABLE_DTYPES, is_flat_shard
 from normuon_plugins.core.layout import parse_layout
 from normuon_plugins.core.model_facts import ModelFacts
 from normuon_plugins.core.parameter_rules import NOT_RECOGNISED, PlanOptions, decide
@@ -117,15 +117,7 @@ def plan_parameters(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"the plan needs the model itself, an nn.Module; got {type(model).__name__}.")
-    if lora not in LORA_POLICIES:
-        raise ValueError(f"lora={lora!r} must be one of {LORA_POLICIES}.")
-    for name, value in (("split_fused", split_fused), ("per_head", per_head), ("strict", strict)):
-        if not isinstance(value, bool):  # any other word would count as True
-            raise ValueError(f"{name}={value!r} must be True or False.")
-    if per_head and not split_fused:
-        raise ValueError(
-            "per_head=True divides fused weights into heads, split_fused=False keeps them whole; choose one."
-        )
+    _check_options(lora, split_fused=split_fused, per_head=per_head, strict=strict)
     _refuse_hidden_shapes(model)
     facts = ModelFacts(model)
     options = PlanOptions(lora, split_fused, per_head)
@@ -200,12 +192,25 @@ def _apply_override(name: str, parameter: Tensor, target: str, decision: Decisio
     return Decision(target, "override")
 
 
+def _check_options(lora: str, **switches: bool) -> None:
+    """Raise ``ValueError`` for an option that cannot be, or two that contradict each other."""
+    if lora not in LORA_POLICIES:
+        raise ValueError(f"lora={lora!r} must be one of {LORA_POLICIES}.")
+    for name, value in switches.items():
+        if not isinstance(value, bool):  # any other word would count as True
+            raise ValueError(f"{name}={value!r} must be True or False.")
+    if switches["per_head"] and not switches["split_fused"]:
+        raise ValueError(
+            "per_head=True divides fused weights into heads, split_fused=False keeps them whole; choose one."
+        )
+
+
 def _refuse_hidden_shapes(model: nn.Module) -> None:
     """Raise ``ValueError`` when another framework keeps flat pieces in place of matrices anywhere."""
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_shape"):
             seen = "a placeholder of DeepSpeed ZeRO-3"
-        elif getattr(parameter, "_fsdp_flattened", False):
+        elif is_flat_shard(parameter):
             seen = "a flat 1-D shard of FSDP1"
         else:
             continue

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations import deepspeed_config
 
 from normuon_plugins.core.build import build_normuon
+from normuon_plugins.core.group_options import is_flat_shard
 from normuon_plugins.core.optimizer import NorMuon
 
 
@@ -41,7 +42,7 @@ def _refuse_flat_shards(model: nn.Module) -> None:
     """Raise ``ValueError`` where the Trainer would train flat pieces; the remedy is in the Trainer's words."""
     if deepspeed_config() is not None:
         seen = "DeepSpeed flattens parameters and gradients"
-    elif any(getattr(parameter, "_fsdp_flattened", False) for parameter in model.parameters()):
+    elif any(map(is_flat_shard, model.parameters())):
         seen = "FSDP version 1 flattens parameters"
     else:
         return

@@ -30,7 +30,6 @@ class AdamWLearningRate(TrainerCallback):  # type: ignore[misc]  # mypy does not
         optimizer = find_normuon(references.get("optimizer"))
         if optimizer is None or logs is None or "learning_rate" not in logs:
             return
-        # of the last step, as learning_rate is: the schedule has moved on by now
-        rate = optimizer.metrics().get("adamw/lr")
+        rate = optimizer.rates().get("adamw/lr")
         if rate is not None:
             logs[KEY] = state.log_history[-1][KEY] = float(rate)

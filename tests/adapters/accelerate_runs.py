@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -22,7 +21,7 @@ from normuon_plugins import NorMuon, build_normuon
 from normuon_plugins.accelerate import prepare_normuon
 from tests.adapters.cpu_start import forget, pretend_gpus
 from tests.adapters.training import GLOBAL_BATCH, OPTIONS, STEPS, cosine, examples, float64_llama, shares_work
-from tests.models import tiny_llama
+from tests.models import tiny_llama, whole
 
 # Below the norm of the gradients of every step, so that each step is scaled by a factor of its own.
 CLIP = 0.5
@@ -52,11 +51,6 @@ def half_frozen_llama():
     for part in (model.model.embed_tokens, model.model.layers[0]):
         part.requires_grad_(False)
     return model
-
-
-def whole(tensor):
-    """Return all of a tensor, on every rank."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def named(model):

@@ -31,8 +31,9 @@ from tests.adapters.training import (
     lightning_module,
     lightning_trainer,
     shares_work,
+    weights,
 )
-from tests.models import tiny_llama
+from tests.models import tiny_llama, whole
 from tests.ranks import run_ranks
 
 CLIP_VALUE = 1e-3
@@ -82,18 +83,10 @@ def fit(folder, module, data, *, strategy, replicas, resume=None, **changes):
     return trainer
 
 
-def full(tensor):
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
-
-
-def full_weights(model):
-    return {name: full(parameter) for name, parameter in model.named_parameters()}
-
-
 def full_state(optimizer):
     """Return the tensors of the optimizer's state, by name of the parameter and key."""
     return {
-        f"{name}/{key}": full(value)
+        f"{name}/{key}": whole(value)
         for group in optimizer.param_groups
         for name, parameter in zip(group["param_names"], group["params"], strict=True)
         for key, value in optimizer.state[parameter].items()
@@ -110,7 +103,7 @@ def train(folder, data, tensor, clip=clip_grad_norm_, **changes):
         "sharded": {name for name, parameter in module.model.named_parameters() if isinstance(parameter, DTensor)},
         "dimensions": max(p.device_mesh.ndim for p in module.parameters() if isinstance(p, DTensor)),
         "shares_work": shares_work(trainer.optimizers[0]),
-        "weights": full_weights(module.model),
+        "weights": weights(module.model),
     }
 
 
@@ -124,7 +117,7 @@ def resume(folder, make_strategy, replicas):
     def run(model, steps, **changes):
         module = sharded_module(model, scheduler="constant")
         trainer = fit(folder, module, data, strategy=make_strategy(), replicas=replicas, max_steps=steps, **changes)
-        return trainer, {**full_weights(module.model), **full_state(trainer.optimizers[0])}
+        return trainer, {**weights(module.model), **full_state(trainer.optimizers[0])}
 
     _, whole = run(tiny_llama(), STEPS)
     trainer, _ = run(tiny_llama(), STEPS // 2)
@@ -156,8 +149,8 @@ def train_mixed(folder):
     scaled = sharded_module(tiny_llama(), **options)
     fit(folder, scaled, examples(), strategy="ddp", replicas=2, plugins=[plugin])
     return {
-        "bf16": full_weights(module.model),
-        "fp16": full_weights(scaled.model),
+        "bf16": weights(module.model),
+        "fp16": weights(scaled.model),
         "skipped": 20 - math.log2(plugin.scaler.get_scale()),
     }
 
@@ -199,7 +192,7 @@ def train_fabric(fabric, *, joint=False):
         "sharded": all(isinstance(parameter, DTensor) for parameter in model.parameters()),
         "shares_work": shares_work(optimizer.optimizer),
         "names": [name for group in optimizer.param_groups for name in group["param_names"]],
-        "weights": full_weights(model.module),
+        "weights": weights(model.module),
     }
 
 
@@ -215,7 +208,7 @@ def resume_fabric(make, path):
         fabric_steps(fabric, model, optimizer, data[steps.start * GLOBAL_BATCH : steps.stop * GLOBAL_BATCH])
         if save:
             fabric.save(path, {"model": model, "optimizer": optimizer})
-        return {**full_weights(model.module), **full_state(optimizer)}
+        return {**weights(model.module), **full_state(optimizer)}
 
     whole = run(0, range(STEPS))
     run(0, range(STEPS // 2), save=True)

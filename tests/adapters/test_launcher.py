@@ -11,24 +11,8 @@ import pytest
 
 from normuon_plugins.hf_trainer import unregister_normuon
 from normuon_plugins.hf_trainer.__main__ import main
+from tests.documentation import TRAIN_SCRIPT
 
-SCRIPT = """
-import json, sys
-from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, Trainer, TrainingArguments
-import torch
-(arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
-torch.manual_seed(0)
-model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=8))
-data = [{"input_ids": block, "labels": block} for block in torch.randint(0, 32, (8, 8))]
-trainer = Trainer(model=model, args=arguments, train_dataset=data)
-trainer.train()
-optimizer = trainer.optimizer.optimizer
-if trainer.is_world_process_zero():
-    layouts = sorted({group.get("layout", "-") for group in optimizer.param_groups})
-    print(json.dumps([type(optimizer).__name__, layouts, arguments.world_size, __name__]))
-if torch.distributed.is_initialized():  # left open, gloo's threads may abort the process at its end
-    torch.distributed.destroy_process_group()
-"""
 ARGUMENTS = ["--output_dir", "out", "--optim", "normuon", "--max_steps", "2", "--use_cpu", "--report_to", "none"]
 ARGUMENTS += ["--save_strategy", "no", "--disable_tqdm", "true", "--per_device_train_batch_size", "2"]
 BIN = Path(sys.executable).parent
@@ -51,14 +35,14 @@ def launch(command, folder):
     ids=["python", "torchrun", "accelerate"],
 )
 def test_unchanged_script_trains_with_normuon(tmp_path, prefix, world_size):
-    (tmp_path / "train.py").write_text(SCRIPT)
+    (tmp_path / "train.py").write_text(TRAIN_SCRIPT)
     printed = launch([*prefix, "normuon_plugins.hf_trainer", "train.py", *ARGUMENTS], tmp_path)
     assert printed == ["NorMuon", ["-", "i o", "i o=16+16+16"], world_size, "__main__"]
 
 
 def test_module_instead_of_a_script(tmp_path):
     (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "train.py").write_text(SCRIPT)
+    (tmp_path / "package" / "train.py").write_text(TRAIN_SCRIPT)
     command = [sys.executable, "-m", "normuon_plugins.hf_trainer", "-m", "package.train", *ARGUMENTS]
     assert launch(command, tmp_path) == ["NorMuon", ["-", "i o", "i o=16+16+16"], 1, "__main__"]
 
@@ -91,7 +75,7 @@ def run_script(tmp_path, monkeypatch):
 
 def test_a_typo_in_the_name_of_the_optimizer_lists_ours_among_the_known(run_script, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        run_script(SCRIPT, "--output_dir", str(tmp_path), "--optim", "normoun")
+        run_script(TRAIN_SCRIPT, "--output_dir", str(tmp_path), "--optim", "normoun")
     said = capsys.readouterr().err
     assert "argument --optim: invalid choice: 'normoun'" in said
     assert "'normuon'" in said
@@ -100,7 +84,7 @@ def test_a_typo_in_the_name_of_the_optimizer_lists_ours_among_the_known(run_scri
 def test_a_typo_in_optim_args_is_told_by_the_script(run_script, tmp_path):
     arguments = [argument if argument != "out" else str(tmp_path) for argument in ARGUMENTS]
     with pytest.raises(ValueError, match=r"optim_args has unknown keys \['momentun'\]"):
-        run_script(SCRIPT, *arguments, "--optim_args", "momentun=0.9")
+        run_script(TRAIN_SCRIPT, *arguments, "--optim_args", "momentun=0.9")
 
 
 def test_an_exception_of_the_script_ends_in_its_own_line(run_script, tmp_path):

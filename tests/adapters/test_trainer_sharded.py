@@ -9,7 +9,7 @@ import torch
 
 from normuon_plugins.hf_trainer import NorMuonMetrics, unregister_normuon
 from tests.adapters import trainer_runs as runs
-from tests.adapters.training import STEPS, examples, float64_llama, trainer_arguments
+from tests.adapters.training import STEPS, examples, float64_llama, trainer_arguments, weights
 from tests.models import max_difference, tiny_llama
 from tests.ranks import run_ranks
 
@@ -97,7 +97,7 @@ def saving_of_what_transformers_sharded(folder):
         runs.train_distributed(*run, **saving)
     saved = runs.train_distributed(*run, **saving, save_only_model=True)
     loaded = AutoModelForCausalLM.from_pretrained(folder / "saved" / f"checkpoint-{STEPS}", dtype=torch.float64)
-    return {"own, saving": str(error.value), "own, saved": saved, "own, loaded": runs.whole(loaded)}
+    return {"own, saving": str(error.value), "own, saved": saved, "own, loaded": weights(loaded)}
 
 
 @pytest.fixture(scope="module")

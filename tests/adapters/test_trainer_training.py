@@ -11,7 +11,7 @@ from normuon_plugins import build_normuon
 from normuon_plugins.hf_trainer import NorMuonFactory, register_normuon, unregister_normuon
 from tests.adapters import trainer_runs as runs
 from tests.adapters import training
-from tests.adapters.training import OPTIONS, STEPS, examples, float64_llama, trainer_arguments
+from tests.adapters.training import OPTIONS, STEPS, examples, float64_llama, trainer_arguments, weights
 from tests.models import max_difference, tiny_llama
 
 RANDOM = {"train_sampling_strategy": "random", "save_strategy": "steps", "save_steps": 3}
@@ -76,7 +76,7 @@ def test_bf16_equals_a_plain_loop_under_autocast(tmp_path):
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-    assert max_difference(trained.weights, runs.whole(model)) < 1e-6
+    assert max_difference(trained.weights, weights(model)) < 1e-6
 
 
 def test_evaluation_changes_nothing_and_the_best_model_is_loaded(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tests.adapters.cpu_start import forget, pretend_gpus
-from tests.adapters.training import GLOBAL_BATCH, examples, shares_work, trainer_arguments
+from tests.adapters.training import GLOBAL_BATCH, examples, shares_work, trainer_arguments, weights
 from tests.models import tiny_llama
 
 # Without clipping: under expert parallelism alone, transformers 5.23 leaves the gradients of experts 1/ep_size as large
@@ -84,16 +84,9 @@ def _moe_sizes():
     return {**sizes, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
 
 
-def whole(model):
-    """Return the parameters of a model as whole tensors, by name."""
-    wrapper = "_checkpoint_wrapped_module."  # activation checkpointing of FSDP's own
-    named = {name.replace(wrapper, ""): parameter.detach() for name, parameter in model.named_parameters()}
-    return {name: t.full_tensor() if isinstance(t, DTensor) else t.clone() for name, t in named.items()}
-
-
 def moved(run, model):
     """Return whether every parameter of ``model`` has another value after the run."""
-    return all(not torch.equal(parameter, run.weights[name]) for name, parameter in whole(model).items())
+    return all(not torch.equal(parameter, run.weights[name]) for name, parameter in weights(model).items())
 
 
 def train(folder, model, *, resume=None, callbacks=(), **changes):
@@ -114,7 +107,7 @@ def train(folder, model, *, resume=None, callbacks=(), **changes):
     parameters = dict(trainer.model.named_parameters())
     optimizer = trainer.optimizer.optimizer
     return Run(
-        weights=whole(trainer.model),
+        weights=weights(trainer.model),
         placements={name: _placement(parameter) for name, parameter in parameters.items()},
         fsdp2=trainer.accelerator.is_fsdp2,
         shared=hasattr(optimizer, "_plan") and shares_work(optimizer),

@@ -6,7 +6,7 @@ import math
 import torch
 from torch.utils.data import DataLoader
 
-from tests.models import tiny_llama, token_blocks
+from tests.models import tiny_llama, token_blocks, whole
 
 STEPS = 6
 WARMUP = 2
@@ -25,7 +25,9 @@ def examples():
 
 
 def weights(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    """Return the parameters of a model as whole tensors, by name."""
+    wrapper = "_checkpoint_wrapped_module."  # activation checkpointing of FSDP's own
+    return {name.replace(wrapper, ""): whole(parameter) for name, parameter in model.named_parameters()}
 
 
 def shares_work(optimizer):
@@ -105,24 +107,18 @@ def run_accelerate_fsdp2():
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, cosine)
     _train_prepared(accelerator, model, optimizer, scheduler, loader)
     assert shares_work(optimizer.optimizer)
-    return {name: parameter.full_tensor().detach() for name, parameter in model.named_parameters()}
+    return weights(model)
 
 
-def trainer_arguments(folder, **changes):
-    from transformers import TrainingArguments
-
+def trainer_options(folder, **changes):
+    """Return what every Trainer of the tests is told, also those of TRL."""
     options = {
         "output_dir": str(folder),
         "optim": "normuon",
-        "optim_args": "adamw_lr=0.003,nesterov=true,ns_dtype=float64",
         "learning_rate": OPTIONS["lr"],
         "weight_decay": OPTIONS["weight_decay"],
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": WARMUP,
-        "max_steps": STEPS,
         "per_device_train_batch_size": GLOBAL_BATCH,
         "train_sampling_strategy": "sequential",
-        "max_grad_norm": MAX_GRADIENT_NORM,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -130,7 +126,20 @@ def trainer_arguments(folder, **changes):
         "use_cpu": True,
         "dataloader_pin_memory": False,
     }
-    return TrainingArguments(**{**options, **changes})
+    return {**options, **changes}
+
+
+def trainer_arguments(folder, **changes):
+    from transformers import TrainingArguments
+
+    options = {
+        "optim_args": "adamw_lr=0.003,nesterov=true,ns_dtype=float64",
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": WARMUP,
+        "max_steps": STEPS,
+        "max_grad_norm": MAX_GRADIENT_NORM,
+    }
+    return TrainingArguments(**trainer_options(folder, **{**options, **changes}))
 
 
 def run_trainer(folder, ranks=1):
@@ -217,7 +226,7 @@ def run_lightning_fsdp2(folder):
     assert trainer.global_step == STEPS
     assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
     assert shares_work(trainer.optimizers[0])
-    return {name: parameter.full_tensor().detach() for name, parameter in module.model.named_parameters()}
+    return weights(module.model)
 
 
 def run_ddp():

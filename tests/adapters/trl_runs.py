@@ -30,7 +30,7 @@ from trl import (
 )
 
 from tests import documentation
-from tests.adapters.training import shares_work, weights
+from tests.adapters.training import shares_work, trainer_options, weights
 from tests.models import VOCABULARY, max_difference, tiny_llama, token_blocks
 
 STEPS = 4
@@ -91,22 +91,7 @@ def count_words(completions, **_):
 
 def options(folder, **changes):
     """Of every trainer here; no two of its runs write to one folder unless they resume."""
-    standard = {
-        "output_dir": str(folder),
-        "optim": "normuon",
-        "learning_rate": 0.01,
-        "weight_decay": 0.1,
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 4,
-        "train_sampling_strategy": "sequential",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-    }
-    return {**standard, **changes}
+    return trainer_options(folder, **{"max_steps": STEPS, **changes})
 
 
 # kind -> trainer, config, what its constructor needs besides the model, what the config needs.
