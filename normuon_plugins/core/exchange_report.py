@@ -67,11 +67,13 @@ def plan_exchange(
     shard_dim: int = 0,
     ns_dtype: str = "bfloat16",
     ns_steps: int = 5,
+    ns_coefficients: str | Sequence[float] = "muon",
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
 ) -> ExchangeReport:
     """Return what a step costs every rank, before there are any.
 
-    It plans with the functions that a step plans with, so the numbers are those that will be seen.
+    It plans with the functions that a step plans with, so the numbers are those that will be seen on a GPU. (A CPU
+    computes half of each symmetric product and so takes fewer multiplications.)
 
     Args:
         plan: A ``ParameterPlan`` (of a model on the meta device, if it is large), or ``(shape, layout)`` pairs.
@@ -80,6 +82,7 @@ def plan_exchange(
         shard_dim: Dimension that is sharded; 0 is what ``fully_shard`` does.
         ns_dtype: As in ``NorMuon``.
         ns_steps: As in ``NorMuon``.
+        ns_coefficients: As in ``NorMuon``.
         bucket_bytes: As in ``NorMuon``.
 
     Raises:
@@ -113,6 +116,7 @@ def plan_exchange(
             dtype=NS_DTYPES[ns_dtype],
             device=torch.device("meta"),
             ns_steps=ns_steps,
+            ns_coefficients=ns_coefficients,
             options=(),
             bucket_bytes=bucket_bytes,
         )

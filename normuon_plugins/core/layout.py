@@ -45,6 +45,11 @@ class Layout:
     blocks: tuple[int, ...]
     interleaved: bool
 
+    @property
+    def is_turned(self) -> bool:
+        """Whether inputs stand before neurons: in memory, the columns of a matrix lie one after the other."""
+        return self.axes.index("i") < self.axes.index("o")
+
     def check(self, shape: Sequence[int]) -> None:
         """Raise ``ValueError`` unless a parameter of ``shape`` can be read this way."""
         if len(shape) != len(self.axes):

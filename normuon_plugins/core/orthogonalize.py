@@ -1,14 +1,15 @@
-"""Newton-Schulz: the orthogonal factor of a matrix from multiplications alone."""
+"""Orthogonalize: every singular value of a matrix to about one, from multiplications alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Polynomial = tuple[float, float, float]
+from normuon_plugins.core.newton_schulz import Form, Polynomial, Workspace, choose_form, newton_schulz
 
 
 class Preset(NamedTuple):
@@ -17,18 +18,22 @@ class Preset(NamedTuple):
     Attributes:
         polynomials: ``(a, b, c)`` of each step; past the last one, it is repeated.
         margin: The input is divided by ``margin`` times its Frobenius norm.
+        shared: How many steps may share a Gram matrix without losing accuracy in bfloat16, in order; the last number
+            is repeated.
     """
 
     polynomials: tuple[Polynomial, ...]
     margin: float
+    shared: tuple[int, ...] = (1,)
 
 
 PRESETS = {
     # Keller Jordan, https://kellerjordan.github.io/posts/muon/: steepest slope at zero; singular values end in about
-    # [0.7, 1.2].
-    "muon": Preset(((3.4445, -4.7750, 2.0315),), margin=1.0),
+    # [0.7, 1.2]. Shared Gram matrices: docs/performance.md.
+    "muon": Preset(((3.4445, -4.7750, 2.0315),), margin=1.0, shared=(3, 2)),
     # Amsel et al., "The Polar Express", https://arxiv.org/abs/2505.16932, Algorithm 2 for five steps from 1e-3, with
-    # the safety factor 1.02 and cushion 0.02 of https://github.com/KellerJordan/modded-nanogpt.
+    # the safety factor 1.02 and cushion 0.02 of https://github.com/KellerJordan/modded-nanogpt. Singular values come
+    # near 2 on the way, where the rounding of a shared Gram matrix grows: none is shared.
     "polar_express": Preset(
         (
             (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -60,7 +65,8 @@ def resolve_preset(ns_coefficients: str | Sequence[float]) -> Preset:
     if len(ns_coefficients) != 3:
         raise ValueError(f"ns_coefficients={ns_coefficients!r} must be a preset's name or three numbers (a, b, c).")
     a, b, c = (float(coefficient) for coefficient in ns_coefficients)
-    return Preset(((a, b, c),), margin=1.0)
+    same = (preset for preset in PRESETS.values() if preset.polynomials == ((a, b, c),))
+    return next(same, Preset(((a, b, c),), margin=1.0))
 
 
 def fast_matmul_dtype(device: torch.device) -> torch.dtype:
@@ -78,33 +84,52 @@ def fast_matmul_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def multiplications(rows: int, cols: int, ns_steps: int) -> int:
-    """Return how many scalar multiplications ``orthogonalize`` takes for one matrix: three products a step."""
+def multiplications(
+    rows: int,
+    cols: int,
+    ns_steps: int,
+    *,
+    ns_coefficients: str | Sequence[float] = "muon",
+    device: torch.device | str = "cuda",
+) -> int:
+    """Return how many scalar multiplications ``orthogonalize`` takes for one matrix on a device of this kind."""
     short, long = sorted((rows, cols))
-    return ns_steps * (2 * short * short * long + short**3)
+    return _form(short, long, ns_steps, resolve_preset(ns_coefficients), torch.device(device).type).multiplications(
+        short, long
+    )
 
 
+@lru_cache(maxsize=1024)  # the layers of a model ask for the same few
+def _form(short: int, long: int, ns_steps: int, preset: Preset, device_type: str) -> Form:
+    return choose_form(short, long, ns_steps, preset.shared, device_type)
+
+
+@torch.no_grad()
 def orthogonalize(
     matrices: Tensor,
     *,
     ns_coefficients: str | Sequence[float] = "muon",
     ns_steps: int = 5,
     ns_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Move every singular value of every matrix near one, keeping the singular vectors.
 
-    The quintic iteration ``X <- a X + b A X + c A A X`` with ``A = X X^T`` on ``X / ||X||_F``, transposed when that
-    makes ``A`` smaller (Jordan et al., https://kellerjordan.github.io/posts/muon/). Works at any scale that the
-    dtype holds: neither 1e-30 nor 1e30 under- or overflows.
+    The quintic iteration ``X <- a X + b A X + c A A X`` with ``A = X X^T`` on ``X / ||X||_F``, on the side that makes
+    ``A`` smaller (Jordan et al., https://kellerjordan.github.io/posts/muon/), in the products that
+    ``newton_schulz.choose_form`` finds cheapest. Works at any scale that the dtype holds: neither 1e-30 nor 1e30 under-
+    or overflows. Not differentiable.
 
     Args:
-        matrices: Shape ``(..., m, n)``, floating point. Not modified.
+        matrices: Shape ``(..., m, n)``, floating point. Not modified, unless it is ``out``.
         ns_coefficients: A key of ``PRESETS`` or ``(a, b, c)``.
         ns_steps: Number of polynomial steps, at least 1.
         ns_dtype: Dtype of the products. None takes ``fast_matmul_dtype``.
+        out: Takes the result; may be ``matrices`` itself. Shape, dtype and strides of ``matrices``.
 
     Returns:
-        New tensor, shape and dtype of ``matrices``. A matrix of zeros stays zero; one with NaN or infinity becomes NaN.
+        ``out``, or a new tensor of the shape and dtype of ``matrices``. A matrix of zeros stays zero; one with NaN or
+        infinity becomes NaN.
 
     Raises:
         ValueError: If ``matrices`` has fewer than two dimensions or is not real floating point.
@@ -121,48 +146,49 @@ def orthogonalize(
         )
     preset = resolve_preset(ns_coefficients)
     dtype = ns_dtype or fast_matmul_dtype(matrices.device)
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    wide = matrices.mT if tall else matrices
-    x = _scale_to_unit_norm(wide, preset.margin).to(dtype).reshape(-1, *wide.shape[-2:])
+    # Columns that lie one after the other in memory are the rows of a matrix that does: the same singular values, and
+    # no product has to copy them first.
+    turned = not matrices.is_contiguous() and matrices.mT.is_contiguous()
+    source = matrices.mT if turned else matrices
+    if out is None:
+        target = torch.empty_like(source, memory_format=torch.contiguous_format)
+    else:
+        target = out.mT if turned else out
+    sides = source.shape[-2:]
+    form = _form(*sorted(sides), ns_steps, preset, source.device.type)
+    workspace = Workspace(dtype, source.device)
+    batch, results = source.reshape(-1, *sides), target.view(-1, *sides)
+    together = _together(batch, form, dtype)
     # A step inside an autocast region would silently multiply in another dtype than ns_dtype.
-    with torch.autocast(matrices.device.type, enabled=False):
-        if _rounds_alike_in_any_batch(x):
-            x = _iterate(x, preset, ns_steps)
-        else:
-            x = torch.cat([_iterate(matrix.clone(), preset, ns_steps) for matrix in torch.split(x, 1)])
-    x = x.reshape(wide.shape).to(matrices.dtype)
-    return x.mT if tall else x
+    with torch.autocast(source.device.type, enabled=False):
+        for part, result in zip(torch.split(batch, together), torch.split(results, together), strict=True):
+            x = _scale_to_unit_norm(part, preset.margin, workspace)
+            newton_schulz(x, preset.polynomials, form, workspace, result)
+    return target.mT if turned else target
 
 
-def _iterate(x: Tensor, preset: Preset, ns_steps: int) -> Tensor:
-    """Take ``ns_steps`` polynomial steps on ``x``, shape ``(batch, short, long)``, of unit norm."""
-    for step in range(ns_steps):
-        a, b, c = preset.polynomials[min(step, len(preset.polynomials) - 1)]
-        gram = torch.bmm(x, x.mT)
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x
+def _together(batch: Tensor, form: Form, dtype: torch.dtype) -> int:
+    """Return how many matrices are multiplied at once: all, or one by one.
 
-
-def _rounds_alike_in_any_batch(x: Tensor) -> bool:
-    """Return whether a product of one matrix has the same bits alone and anywhere in a batch.
-
-    MKL rounds by the alignment of its operands (its guide to conditional numerical reproducibility asks for 64 bytes).
-    In a batch of odd sizes every matrix begins at another alignment, and a step would depend on which matrices share
-    a rank.
+    One by one where a matrix alone keeps the device busy and its products save half of their work, and where a
+    product of one matrix would have other bits alone than in the batch: MKL rounds by the alignment of its operands
+    (its guide to conditional numerical reproducibility asks for 64 bytes). In a batch of odd sizes every matrix begins
+    at another alignment, and a step would depend on which matrices share a rank.
     """
-    if x.device.type != "cpu" or x.shape[0] <= 1:
-        return True
-    short, long = x.shape[-2:]
-    return short * long * x.itemsize % 64 == 0 and short * short * x.itemsize % 64 == 0
+    if batch.device.type == "cpu":
+        short, long = sorted(batch.shape[-2:])
+        if form.strips > 1 or short * long * dtype.itemsize % 64 or short * short * dtype.itemsize % 64:
+            return 1
+    return max(1, batch.shape[0])
 
 
-def _scale_to_unit_norm(x: Tensor, margin: float) -> Tensor:
-    """Return ``x / (margin * ||x||_F)`` per matrix, in float32 or wider; zero where ``x`` is zero."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    tiny = torch.finfo(dtype).tiny
-    # The largest entry goes first: squared, 1e-30 is zero and 1e30 infinite in float32.
-    largest = torch.linalg.vector_norm(x, ord=float("inf"), dim=(-2, -1), keepdim=True, dtype=dtype)
-    scaled: Tensor = x / largest.clamp_min(tiny)
-    norm = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
-    return scaled.div_(norm.mul_(margin).clamp_min_(tiny))
+def _scale_to_unit_norm(x: Tensor, margin: float, workspace: Workspace) -> Tensor:
+    """Return ``x / (margin * ||x||_F)`` per matrix in a tensor of the workspace; zero where ``x`` is zero."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    # The largest entry goes first: squared, 1e-30 is zero and 1e30 infinite in float32. By a power of two, exactly.
+    largest = torch.maximum(x.amax((-2, -1), keepdim=True), x.amin((-2, -1), keepdim=True).neg_())
+    largest = largest.clamp_min_(torch.finfo(x.dtype).tiny).to(wide)
+    power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
+    scaled = torch.div(x, power.to(x.dtype), out=workspace.take(x.shape))
+    norm = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True, dtype=wide)
+    return scaled.mul_(norm.mul_(margin).clamp_min_(torch.finfo(wide).tiny).reciprocal_().to(scaled.dtype))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -73,6 +73,7 @@ def divide(
     dtype: torch.dtype,
     device: torch.device,
     ns_steps: int,
+    ns_coefficients: str | Sequence[float],
     options: Hashable,
     bucket_bytes: int,
 ) -> list[Stack]:
@@ -89,6 +90,7 @@ def divide(
         dtype: Dtype of the products.
         device: Where they are multiplied.
         ns_steps: Newton-Schulz steps.
+        ns_coefficients: Of which polynomials.
         options: Whatever else must agree within a batch.
         bucket_bytes: Upper bound of a stack.
     """
@@ -99,6 +101,7 @@ def divide(
         layout.block_boxes(shape), layout.block_boxes(neuron_shape), layout.matrix_shapes(shape), strict=True
     ):
         largest = max(1, min(-(-count // len(blocks[0].ranks)), bucket_bytes // (rows * cols * dtype.itemsize)))
+        work = multiplications(rows, cols, ns_steps, ns_coefficients=ns_coefficients, device=device)
         for matrices in _expert_ranges(blocks[0], expert_dim, largest):
             number = length(matrices)
             boxes = (_with_experts(box, expert_dim, matrices), _with_experts(neuron_box, expert_dim, matrices))
@@ -112,7 +115,7 @@ def divide(
                     boxes,
                     blocks,
                     _held(blocks, boxes, dtype),
-                    number * multiplications(rows, cols, ns_steps),
+                    number * work,
                 )
             )
     return stacks

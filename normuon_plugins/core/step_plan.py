@@ -207,6 +207,7 @@ def _divide(number: int, member: Member, blocks: tuple[Blocks, Blocks], bucket_b
         dtype=ns_dtype(member),
         device=compute_device(member.parameter),
         ns_steps=member.group["ns_steps"],
+        ns_coefficients=member.group["ns_coefficients"],
         options=_batch_options(member.group),
         bucket_bytes=bucket_bytes,
     )

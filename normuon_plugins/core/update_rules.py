@@ -138,16 +138,16 @@ def normuon_direction(
     The two scales are found from the RMS of the rows alone, so that the matrices are read once and written once.
 
     Args:
-        update: Momentum, shape ``(batch, m, n)``: matrices of one shape. Not modified.
+        update: Momentum, shape ``(batch, m, n)``: matrices of one shape. Not modified, unless ``orthogonalize`` does.
         second_momentum_buffer: Shape ``(batch, m, 1)``, float32. Modified in place, unless ``normalize`` is False.
-        orthogonalize: Function of ``update`` that returns a new tensor of its shape and dtype.
+        orthogonalize: Function of ``update`` that returns a tensor of its shape and dtype, new or ``update`` itself.
         normalize: False leaves the neuron step out: plain Muon.
         beta2: See ``neuron_scale``.
         eps: See ``neuron_scale``.
         adjust_lr_fn: See ``matrix_scale``.
 
     Returns:
-        A ``Direction``, new tensors. Rows of zeros stay zero.
+        A ``Direction``; its ``direction`` is what ``orthogonalize`` returned. Rows of zeros stay zero.
 
     Raises:
         ValueError: If ``orthogonalize`` returns another shape or dtype.
@@ -162,4 +162,15 @@ def normuon_direction(
     scale = neuron_scale(rms, second_momentum_buffer, beta2=beta2, eps=eps) if normalize else torch.ones_like(rms)
     scale = scale * matrix_scale(rms, rms * scale, update.shape[-1], adjust_lr_fn=adjust_lr_fn)
     scale.clamp_max_(torch.finfo(scale.dtype).max)  # two finite factors of a row of zeros
-    return Direction(orthogonalized.mul_(scale), rms, scale)
+    _scale_rows(orthogonalized, scale)
+    return Direction(orthogonalized, rms, scale)
+
+
+def _scale_rows(matrices: Tensor, scale: Tensor) -> None:
+    """Multiply every row in place."""
+    if matrices.device.type != "cpu" or matrices.dtype == scale.dtype:
+        matrices.mul_(scale)
+        return
+    # torch's loops over two dtypes are slow on a CPU: 4.3 ms against 0.9 for 768 x 3072, bfloat16 by float32.
+    for matrix, factor in zip(matrices, scale, strict=True):
+        matrix.copy_(matrix.to(factor.dtype).mul_(factor))

@@ -42,6 +42,7 @@ def stacks_of(shapes, mesh_shape, placements, bucket_bytes, layout="o i"):
             dtype=torch.bfloat16,
             device=torch.device("cpu"),
             ns_steps=5,
+            ns_coefficients="muon",
             options=(),
             bucket_bytes=bucket_bytes,
         )
