@@ -23,6 +23,7 @@ class Stack:
     Attributes:
         parameter: Number of the parameter in the list that is planned.
         shape: Of the matrices as a batch: ``(count, rows, cols)``.
+        turned: Whether columns, not rows, lie one after the other in memory, as the parameter is stored.
         dtype: Of the products.
         device: Where they are multiplied.
         options: Whatever else must agree within a batch.
@@ -34,6 +35,7 @@ class Stack:
 
     parameter: int
     shape: tuple[int, int, int]
+    turned: bool
     dtype: torch.dtype
     device: torch.device
     options: Hashable
@@ -50,7 +52,7 @@ class Stack:
     @property
     def key(self) -> Hashable:
         """What must agree for two stacks to be multiplied in one batch."""
-        return (self.shape[1:], self.dtype, self.device, self.options)
+        return (self.shape[1:], self.turned, self.dtype, self.device, self.options)
 
     @property
     def holders(self) -> list[int]:
@@ -109,6 +111,7 @@ def divide(
                 Stack(
                     parameter,
                     (number, rows, cols),
+                    layout.is_turned,
                     dtype,
                     device,
                     options,
