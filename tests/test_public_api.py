@@ -40,9 +40,12 @@ def test_our_options():
         "adamw_eps",
         "adamw_weight_decay",
         "ns_dtype",
+        "momentum_dtype",
+        "kahan_sum",
         "nonfinite",
         "bucket_bytes",
         "orthogonalize_fn",
+        "compile",
         "replicas",
         "process_group",
     ]

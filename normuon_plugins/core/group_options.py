@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from normuon_plugins.core.layout import parse_layout
+from normuon_plugins.core.momentum import MOMENTUM_DTYPES
 from normuon_plugins.core.orthogonalize import PRESETS
 from normuon_plugins.core.quantized import is_quantized
 from normuon_plugins.core.update_rules import ADJUST_LR_FNS
@@ -35,6 +36,7 @@ GROUP_KEYS = {
         "beta2": "beta2",
         "normalize_neurons": "normalize_neurons",
         "ns_dtype": "ns_dtype",
+        "momentum_dtype": "momentum_dtype",
     },
     "adamw": {
         "lr": "adamw_lr",
@@ -89,6 +91,12 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value is None or str(value).removeprefix("torch.") in NS_DTYPES,
         f"one of {tuple(NS_DTYPES)}, or None to choose by device",
     ),
+    "momentum_dtype": (
+        lambda value: value is None or str(value).removeprefix("torch.") in MOMENTUM_DTYPES,
+        f"one of {tuple(MOMENTUM_DTYPES)}, or None for the parameter's own",
+    ),
+    "compile": (lambda value: isinstance(value, bool), "True or False"),
+    "kahan_sum": (lambda value: isinstance(value, bool), "True or False"),
     "nonfinite": (lambda value: value in ("propagate", "skip", "raise"), "'propagate', 'skip' or 'raise'"),
     "bucket_bytes": (
         lambda value: isinstance(value, Integral) and int(value) >= 1,

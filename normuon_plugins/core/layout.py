@@ -21,7 +21,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -92,12 +92,16 @@ class Layout:
             matrices: Shape ``(count, rows, cols)``; ``count`` is 1 without an axis ``e``.
             shape: Of the parameter, or of its neuron state (then ``cols`` is 1); only input dimensions are read.
         """
-        inputs = [size for axis, size in zip(self.axes, shape, strict=True) if axis == "i"]
-        view = torch.unflatten(matrices, -1, inputs)
-        if "e" not in self.axes:
-            view = view.squeeze(0)
+        view = matrices if "e" in self.axes else matrices.squeeze(0)
+        if self.axes.count("i") > 1:
+            view = torch.unflatten(view, -1, [size for axis, size in zip(self.axes, shape, strict=True) if axis == "i"])
+        return view.permute(self._storage_order)
+
+    @cached_property
+    def _storage_order(self) -> tuple[int, ...]:
+        """For every dimension of the parameter, its place among experts, neurons and inputs."""
         order = sorted(range(len(self.axes)), key=lambda dim: "eoi".index(self.axes[dim]))
-        return view.permute([order.index(dim) for dim in range(len(order))])
+        return tuple(order.index(dim) for dim in range(len(order)))
 
     def matrix_shapes(self, shape: Sequence[int]) -> list[tuple[int, int, int]]:
         """Return ``(count, rows, cols)`` of the matrices in each fused block of a parameter of ``shape``."""

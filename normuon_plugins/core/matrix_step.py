@@ -7,82 +7,22 @@ They meet here.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from normuon_plugins.core.layout import Layout
 from normuon_plugins.core.metrics import NeuronRecord
 from normuon_plugins.core.orthogonalize import orthogonalize
 from normuon_plugins.core.stacks import Stack
 from normuon_plugins.core.step_plan import Team
+from normuon_plugins.core.stored_matrix import StoredMatrix
 from normuon_plugins.core.team_plan import Bucket
-from normuon_plugins.core.update_rules import nesterov_update, normuon_direction, update_momentum
+from normuon_plugins.core.update_rules import Scale, normuon_direction, scale_neurons
 from normuon_plugins.distributed.exchange import Cut, Pending
 
-# The fields of an exchanged item: the update on the way out and the direction on the way back, and the neuron state.
-UPDATE, NEURONS = 0, 1
-
 Orthogonalize = Callable[[Tensor], Tensor]
-
-
-@dataclass
-class StoredMatrix:
-    """A matrix parameter on this rank during one step.
-
-    Attributes:
-        weight: This rank's block.
-        momentum_buffer: Shape of ``weight``.
-        second_momentum_buffer: This rank's block of the neuron state.
-        gradient: Shape of ``weight``; None where this rank has none.
-        group: The parameter's group.
-        layout: Its parsed layout.
-        shapes: Global shapes of the parameter and of its neuron state.
-    """
-
-    weight: Tensor
-    momentum_buffer: Tensor
-    second_momentum_buffer: Tensor
-    gradient: Tensor | None
-    group: Mapping[str, Any]
-    layout: Layout
-    shapes: tuple[Sequence[int], Sequence[int]]
-
-    def advance(self) -> None:
-        """Bring the momentum up to date; a missing gradient counts as zero from here on."""
-        if self.gradient is None:
-            self.gradient = self.weight.new_zeros(()).expand(self.weight.shape)
-        update_momentum(self.momentum_buffer, self.gradient, momentum=self.group["momentum"])
-
-    def read(self, field: int, cut: Cut) -> Tensor:
-        """Return a piece of what is to be orthogonalized (momentum or its Nesterov look-ahead), or of the neuron state.
-
-        While it is open whether a missing gradient counts as zero, the piece is computed as if, and nothing is written.
-        """
-        if field == NEURONS:
-            return cut(self.second_momentum_buffer)
-        momentum, momentum_buffer = self.group["momentum"], cut(self.momentum_buffer)
-        if self.gradient is None:
-            return torch.mul(momentum_buffer, momentum**2 if self.group["nesterov"] else momentum)
-        if self.group["nesterov"]:
-            return nesterov_update(momentum_buffer, cut(self.gradient), momentum=momentum)
-        return momentum_buffer
-
-    def write(self, field: int, cut: Cut, value: Tensor) -> None:
-        """Take a piece of the neuron state, or move: ``W <- (1 - lr * weight_decay) * W - lr * direction``."""
-        if field == NEURONS:
-            cut(self.second_momentum_buffer).copy_(value)
-            return
-        lr = self.group["lr"]
-        weight, direction = cut(self.weight), value.to(self.weight.device)
-        weight.mul_(1 - lr * self.group["weight_decay"])
-        if isinstance(lr, Tensor):  # reading its value would synchronize a GPU
-            weight.sub_(direction.to(weight.dtype) * lr)
-        else:
-            weight.add_(direction, alpha=-lr)
 
 
 class Directions:
@@ -90,13 +30,15 @@ class Directions:
 
     Args:
         orthogonalize_fn: Replaces Newton-Schulz; None uses the group's options.
+        compile: Whether what follows it is fused by ``torch.compile``.
 
     Attributes:
         records: One per batch so far.
     """
 
-    def __init__(self, orthogonalize_fn: Orthogonalize | None) -> None:
+    def __init__(self, orthogonalize_fn: Orthogonalize | None, *, compile: bool = False) -> None:
         self._orthogonalize_fn = orthogonalize_fn
+        self._scale = _compiled() if compile else scale_neurons
         self.records: list[NeuronRecord] = []
 
     def __call__(self, update: Tensor, neurons: Tensor, stack: Stack, group: Mapping[str, Any]) -> Tensor:
@@ -104,20 +46,27 @@ class Directions:
         found = normuon_direction(
             update,
             neurons,
-            orthogonalize=self._orthogonalize_fn
-            or partial(
-                orthogonalize,
-                ns_coefficients=group["ns_coefficients"],
-                ns_steps=group["ns_steps"],
-                ns_dtype=stack.dtype,
-            ),
+            orthogonalize=self._orthogonalizer(stack, group),
             normalize=group["normalize_neurons"],
             beta2=group["beta2"],
             eps=group["eps"],
             adjust_lr_fn=group["adjust_lr_fn"],
+            scale=self._scale,
         )
         self.records.append(NeuronRecord.of(found, group["lr"]))
         return found.direction
+
+    def _orthogonalizer(self, stack: Stack, group: Mapping[str, Any]) -> Orthogonalize:
+        """Return the user's function, or Newton-Schulz, which leaves its result where the update was."""
+        if (orthogonalize_fn := self._orthogonalize_fn) is not None:
+            return lambda update: orthogonalize_fn(update.contiguous())
+        options = {key: group[key] for key in ("ns_coefficients", "ns_steps")}
+        return lambda update: orthogonalize(update, **options, ns_dtype=stack.dtype, out=update)
+
+
+@cache
+def _compiled() -> Scale:
+    return torch.compile(scale_neurons)
 
 
 class _Visit:
@@ -144,7 +93,10 @@ class _Visit:
         stack = self.bucket.stacks[items[0]]
         count = sum(self.bucket.stacks[item].shape[0] for item in items)
         rows, cols = stack.shape[1:]
-        update = torch.empty(count, rows, cols, dtype=stack.dtype, device=stack.device)
+        # As it is stored, so that nothing is turned on the way in and out.
+        sides = (cols, rows) if stack.turned else (rows, cols)
+        update = torch.empty(count, *sides, dtype=stack.dtype, device=stack.device)
+        update = update.mT if stack.turned else update
         neurons = torch.empty(count, rows, 1, dtype=torch.float32, device=stack.device)
         self._batches.append((items, update, neurons))
         self._show(items, update, neurons)
@@ -176,7 +128,8 @@ class _Visit:
             items, update, neurons = self._batches.pop()
             stack = self.bucket.stacks[items[0]]
             direction = directions(update, neurons, stack, self.stored[stack.parameter].group)
-            self._show(items, direction, neurons)
+            if direction is not update:
+                self._show(items, direction, neurons)
 
     def release(self) -> None:
         """Let go of the whole matrices."""

@@ -27,7 +27,7 @@ from normuon_plugins.core.metrics import (
     share,
     synchronized_neuron_metrics,
 )
-from normuon_plugins.core.optimizer_state import check_loadable, check_state, create_state, restore_float32
+from normuon_plugins.core.optimizer_state import check_loadable, check_state, place_state, prepare_state
 from normuon_plugins.core.step import find_nonfinite, local_gradients, take_step
 from normuon_plugins.core.step_plan import Member, StepPlan, plan_step, sign
 
@@ -68,12 +68,19 @@ class NorMuon(Optimizer):
         adamw_weight_decay: Weight decay of AdamW groups that do not say their own.
         ns_dtype: Dtype of the products, a ``torch.dtype`` or its name; None takes bfloat16 where the device
             multiplies it fast, else float32.
+        momentum_dtype: In which ``momentum_buffer`` is stored, ``"float32"``, ``"bfloat16"``, ``"int8"`` (with a scale
+            for every 256 numbers of a row) or the ``torch.dtype``; None takes the parameter's own. Computing with it
+            happens in float32.
+        kahan_sum: Keep for every bfloat16 or float16 parameter what rounding it lost, and add it at the next step:
+            small updates are not lost.
         nonfinite: What a gradient with NaN or infinity does. ``"propagate"``: as in torch. ``"skip"``: that
             parameter and its state stay as they are, counted in ``skipped_steps``. ``"raise"``:
             ``FloatingPointError`` with its name, before any write.
         bucket_bytes: Bound on the matrices that are moved or multiplied at once, in bytes of the products' dtype. The
             transient memory of a step is at most 14 times this, or one matrix where that is larger.
         orthogonalize_fn: Replaces Newton-Schulz: a function from ``(batch, rows, cols)`` to a new tensor like it.
+        compile: Fuse what follows Newton-Schulz (the neuron step and the rescale) by ``torch.compile``, at the first
+            step.
         replicas: ``"share"``: ranks that hold the same numbers (the replicas of HSDP, or of ``process_group``) divide
             the matrices among them. ``"redundant"``: each computes all of them, without a message between replicas.
         process_group: Ranks on which plain parameters and their gradients are known to be equal (DDP); they share the
@@ -126,9 +133,12 @@ class NorMuon(Optimizer):
         adamw_eps: float = 1e-8,
         adamw_weight_decay: float = 0.0,
         ns_dtype: torch.dtype | str | None = None,
+        momentum_dtype: torch.dtype | str | None = None,
+        kahan_sum: bool = False,
         nonfinite: str = "propagate",
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         orthogonalize_fn: Callable[[Tensor], Tensor] | None = None,
+        compile: bool = False,
         replicas: str = "share",
         process_group: ProcessGroup | None = None,
     ) -> None:
@@ -190,7 +200,7 @@ class NorMuon(Optimizer):
             raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned; second moments stay float32 for parameters of any dtype.
+        """Load what ``state_dict`` returned, every tensor in the dtype in which it is stored (see ``state_specs``).
 
         Raises:
             ValueError: If another optimizer wrote it, or a parameter was on another algorithm or had another shape. The
@@ -203,16 +213,23 @@ class NorMuon(Optimizer):
             # torch puts the saved groups in place of ours: without their names, which may have another prefix, and with
             # every key of today, which a checkpoint of an older version may lack.
             groups = [{key: group[key] for key in group if key != "param_names"} for group in saved["param_groups"]]
-            loaded.append({**saved, "param_groups": [complete_group(group, self.defaults) for group in groups]})
-            return loaded[0]
+            groups = [complete_group(group, self.defaults) for group in groups]
+            loaded.append({**saved, "param_groups": groups})
+            return {**saved, "param_groups": groups, "state": {}}
 
-        # Registered last, so that it sees what the user's own hooks made of the checkpoint.
-        hook = self.register_load_state_dict_pre_hook(check_and_complete)
+        def place(_: Optimizer) -> None:
+            place_state(self.state, self.param_groups, loaded[0], kahan_sum=self.defaults["kahan_sum"])
+
+        # After the user's own hooks have made something of the checkpoint, and before they look at the result.
+        hooks = (
+            self.register_load_state_dict_pre_hook(check_and_complete),
+            self.register_load_state_dict_post_hook(place, prepend=True),
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
-            hook.remove()
-        restore_float32(self.state, self.param_groups, loaded[0])
+            for hook in hooks:
+                hook.remove()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -248,11 +265,8 @@ class NorMuon(Optimizer):
         if not gradients and not self.state:
             warn_of_nothing_to_learn(self.param_groups)
         skipped = self._find_nonfinite(plan, members, gradients)
-        for parameter, group, _ in members:
-            if parameter not in self.state:
-                self.state[parameter] = create_state(parameter, group)
-        orthogonalize_fn = self.defaults["orthogonalize_fn"]
-        self._records = take_step(plan, members, gradients, self.state, skipped, orthogonalize_fn)
+        prepare_state(members, self.state, kahan_sum=self.defaults["kahan_sum"])
+        self._records = take_step(plan, members, gradients, self.state, skipped, self.defaults)
         self._rates = first_rates(self.param_groups)
         return loss
 

@@ -2,52 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import chain
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from normuon_plugins.core.compensation import COMPENSATED_DTYPES
 from normuon_plugins.core.group_options import parameter_name
 from normuon_plugins.core.layout import parse_layout
-from normuon_plugins.distributed.placement import describe, is_like, local, zeros
+from normuon_plugins.core.momentum import (
+    Momentum,
+    Spec,
+    convert,
+    momentum_dtype,
+    momentum_specs,
+    stored_momentum,
+)
+from normuon_plugins.distributed.placement import describe, local, whereabouts, zeros
 
-# float32 whatever the parameter's dtype: a decay of 0.05 per step is below bfloat16's resolution, and counting steps
-# ends at 256.
-FLOAT32_STATE = frozenset({"second_momentum_buffer", "step"})
-LIKE_PARAMETER = frozenset({"momentum_buffer", "exp_avg", "exp_avg_sq"})
+MOMENTUM = frozenset({"momentum_buffer", "momentum_scale"})
+COMPENSATION = "kahan_compensation"
 
 
-def state_shapes(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each state tensor of a parameter, by its key.
+def state_specs(
+    parameter: Tensor, group: Mapping[str, Any], *, kahan_sum: bool, stored: torch.dtype | None = None
+) -> dict[str, Spec]:
+    """Return shape and dtype of each state tensor of a parameter, by its key: the one place that says what there is.
 
-    ``momentum_buffer`` and ``second_momentum_buffer`` (one value per neuron) for NorMuon; ``exp_avg``,
-    ``exp_avg_sq`` and ``step`` as in ``torch.optim.AdamW``.
+    ``momentum_buffer`` (with ``momentum_scale`` where it is int8) and ``second_momentum_buffer`` (one value per neuron)
+    for NorMuon; ``exp_avg``, ``exp_avg_sq`` and ``step`` as in ``torch.optim.AdamW``; ``kahan_compensation`` where
+    rounding of the parameter is compensated.
+
+    The neuron state is float32 whatever the parameter's dtype, since a decay of 0.05 per step is below bfloat16's
+    resolution, and so is ``step``, which would end at 256.
+
+    Args:
+        parameter: Any parameter of the group.
+        group: Complete.
+        kahan_sum: The option.
+        stored: In which momentum is, if not as the group says: ``momentum_dtype`` was changed since.
     """
-    shape = tuple(parameter.shape)
+    shape, dtype = tuple(parameter.shape), parameter.dtype
+    specs: dict[str, Spec]
     if group["algorithm"] == "adamw":
-        return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
-    return {
-        "momentum_buffer": shape,
-        "second_momentum_buffer": parse_layout(group["layout"]).neuron_state_shape(shape),
-    }
+        specs = {"step": ((), torch.float32), "exp_avg": (shape, dtype), "exp_avg_sq": (shape, dtype)}
+    else:
+        layout = parse_layout(group["layout"])
+        specs = momentum_specs(shape, layout, stored or momentum_dtype(group, dtype))
+        specs["second_momentum_buffer"] = (layout.neuron_state_shape(shape), torch.float32)
+    if kahan_sum and dtype in COMPENSATED_DTYPES:
+        specs[COMPENSATION] = (shape, dtype)
+    return specs
 
 
-def create_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return zeros for every key of ``state_shapes``, on the parameter's device.
+def prepare_state(
+    members: Sequence[tuple[Tensor, Mapping[str, Any], str]],
+    states: MutableMapping[Tensor, dict[str, Tensor]],
+    *,
+    kahan_sum: bool,
+) -> None:
+    """Create what is missing of the state of parameters, and store momentum as ``momentum_dtype`` says by now.
 
-    A sharded parameter gets DTensors placed like it; the second moment is replicated where inputs are sharded.
+    Args:
+        members: Parameters with their groups and names.
+        states: By parameter. Modified.
+        kahan_sum: The option.
     """
-    state = {}
-    for key, shape in state_shapes(parameter, group).items():
-        if key == "step":
-            state[key] = torch.zeros(shape, dtype=torch.float32, device=local(parameter).device)
-        elif key in FLOAT32_STATE:
-            state[key] = zeros(parameter, shape, torch.float32)
-        else:
-            state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-    return state
+    changed = []
+    for parameter, group, _ in members:
+        state = states.get(parameter, {})
+        specs = state_specs(parameter, group, kahan_sum=kahan_sum)
+        kept = {
+            key: state[key]
+            for key in specs.keys() & state.keys()
+            if key not in MOMENTUM or state[key].dtype == specs[key][1]
+        }
+        if len(kept) < len(specs):
+            changed.append((parameter, group, specs, kept))
+    for parameter, group, specs, kept in changed:
+        old = states.get(parameter, {})
+        states[parameter] = {
+            key: kept[key] if key in kept else _zeros(parameter, key, spec) for key, spec in specs.items()
+        }
+        if "momentum_buffer" in old and "momentum_buffer" not in kept:
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            convert(_momentum(old, group), _momentum(states[parameter], group), wide)
+
+
+def _momentum(state: Mapping[str, Tensor], group: Mapping[str, Any]) -> Momentum:
+    blocks = {key: local(state[key]) for key in MOMENTUM & state.keys()}
+    return stored_momentum(blocks, parse_layout(group["layout"]))
+
+
+def _zeros(parameter: Tensor, key: str, spec: Spec) -> Tensor:
+    """Return zeros on the parameter's device, placed like it, and replicated where a size became 1."""
+    shape, dtype = spec
+    if key == "step":
+        return torch.zeros(shape, dtype=dtype, device=local(parameter).device)
+    if shape == tuple(parameter.shape) and dtype.is_floating_point:
+        return torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+    return zeros(parameter, shape, dtype)
 
 
 def check_loadable(param_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> None:
@@ -79,7 +134,7 @@ def check_loadable(param_groups: Sequence[Mapping[str, Any]], state_dict: Mappin
         for index, (parameter, saved_id) in enumerate(zip(group["params"], saved_group["params"], strict=False)):
             state = state_dict["state"].get(saved_id)
             if state:
-                _check_saved_state(parameter, parameter_name(group, index), group, state)
+                _check_saved_state(parameter, parameter_name(group, index), group, saved_group, state)
 
 
 def _routes(param_groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, tuple[str, str | None]]]:
@@ -96,25 +151,51 @@ def _words(route: tuple[str, str | None]) -> str:
     return algorithm if layout is None else f"{algorithm} with layout {layout!r}"
 
 
-def _check_saved_state(parameter: Tensor, name: str, group: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` when ``saved`` has other keys or shapes than the state of ``parameter``."""
-    expected = state_shapes(parameter, group)
-    if saved.keys() != expected.keys():
+def _check_saved_state(
+    parameter: Tensor,
+    name: str,
+    group: Mapping[str, Any],
+    saved_group: Mapping[str, Any],
+    saved: Mapping[str, Tensor],
+) -> None:
+    """Raise ``ValueError`` when ``saved`` has other keys or shapes than the state of ``parameter``.
+
+    What rounding lost may be missing or in excess: it starts at zero, or is left out.
+    """
+    is_int8 = "momentum_scale" in saved
+    if "momentum_dtype" in saved_group and (saved_group["momentum_dtype"] == "int8") != is_int8:
+        raise ValueError(
+            f"{name!r}: the checkpoint was written with momentum_dtype={saved_group['momentum_dtype']!r} and read"
+            f" {'into int8' if is_int8 else 'without the scales'}. Build the optimizer with the checkpoint's"
+            " momentum_dtype, load, then write another one into its param_groups."
+        )
+    expected = state_specs(parameter, group, kahan_sum=COMPENSATION in saved, stored=_stored_dtype(saved))
+    if saved.keys() - {COMPENSATION} != expected.keys() - {COMPENSATION}:
         raise ValueError(
             f"{name!r} is on {group['algorithm']!r} here; its checkpoint holds {sorted(saved)}."
             " Load with the plan (overrides) that the checkpoint was written with."
         )
-    for key, shape in expected.items():
+    for key, (shape, _) in expected.items():
         if tuple(saved[key].shape) != shape:
             raise ValueError(
                 f"{name!r}: {key} has shape {tuple(saved[key].shape)} in the checkpoint and needs {shape} here."
             )
 
 
+def _stored_dtype(state: Mapping[str, Tensor]) -> torch.dtype | None:
+    """Return in which dtype a state holds momentum; None if it holds none."""
+    return state["momentum_buffer"].dtype if "momentum_buffer" in state else None
+
+
 def check_state(parameter: Tensor, group: Mapping[str, Any], name: str, state: Mapping[str, Tensor]) -> None:
-    """Raise ``ValueError`` when ``parameter`` was cast, moved, sharded or routed anew since ``state`` was created."""
-    for key, shape in state_shapes(parameter, group).items():
-        if key in LIKE_PARAMETER and key in state and tuple(state[key].shape) != shape:
+    """Raise ``ValueError`` when ``parameter`` was cast, moved, sharded or routed anew since ``state`` was created.
+
+    Another ``momentum_dtype`` than before is none of these.
+    """
+    stored = _stored_dtype(state) if group.get("momentum_dtype") is not None else None
+    specs = state_specs(parameter, group, kahan_sum=False, stored=stored)
+    for key, (shape, _) in specs.items():
+        if shape == tuple(parameter.shape) and key in state and tuple(state[key].shape) != shape:
             raise ValueError(
                 f"{name!r} has shape {shape}, its {key} {tuple(state[key].shape)}: the parameter was resized after the"
                 " first step. Build a new optimizer, or resize first."
@@ -124,8 +205,9 @@ def check_state(parameter: Tensor, group: Mapping[str, Any], name: str, state: M
                 f"{name!r} is on {_words((group['algorithm'], group.get('layout')))}, its state is not: the group was"
                 " edited after the first step. Undo that, or start with a new optimizer."
             )
-    buffer = state["momentum_buffer" if group["algorithm"] == "normuon" else "exp_avg"]
-    if is_like(parameter, buffer):
+    key = "momentum_buffer" if group["algorithm"] == "normuon" else "exp_avg"
+    buffer = state[key]
+    if whereabouts(parameter) == whereabouts(buffer) and buffer.dtype == specs[key][1]:
         return
     raise ValueError(
         f"{name!r} is {describe(parameter)} on {parameter.device}, its state {describe(buffer)} on {buffer.device}: the"
@@ -133,17 +215,40 @@ def check_state(parameter: Tensor, group: Mapping[str, Any], name: str, state: M
     )
 
 
-def restore_float32(
-    state: Mapping[Tensor, dict[str, Any]], param_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]
+def place_state(
+    states: MutableMapping[Tensor, dict[str, Tensor]],
+    param_groups: Sequence[Mapping[str, Any]],
+    state_dict: Mapping[str, Any],
+    *,
+    kahan_sum: bool,
 ) -> None:
-    """Put back what ``Optimizer.load_state_dict`` cast to the parameter's dtype, on the parameter's device.
+    """Put what a checkpoint holds where the parameters are, in the dtypes of ``state_specs``.
 
-    torch exempts only ``step``, and leaves that on the device it was saved from
+    torch would cast all but ``step`` to the parameter's dtype, and leave that on the device it was saved from
     (``_process_value_according_to_param_policy`` in torch/optim/optimizer.py).
     """
-    parameters = chain.from_iterable(group["params"] for group in param_groups)
-    saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-    for parameter, saved_id in zip(parameters, saved_ids, strict=True):
-        saved = state_dict["state"].get(saved_id, {})
-        for key in FLOAT32_STATE & saved.keys():
-            state[parameter][key] = saved[key].to(device=parameter.device, dtype=torch.float32)
+    for group, saved_group in zip(param_groups, state_dict["param_groups"], strict=True):
+        for parameter, saved_id in zip(group["params"], saved_group["params"], strict=True):
+            saved = state_dict["state"].get(saved_id)
+            if saved:
+                states[parameter] = _placed(parameter, group, saved, kahan_sum)
+
+
+def _placed(
+    parameter: Tensor, group: Mapping[str, Any], saved: Mapping[str, Tensor], kahan_sum: bool
+) -> dict[str, Tensor]:
+    stored = _stored_dtype(saved)
+    is_int8 = stored == torch.int8
+    if stored is not None and is_int8 == (momentum_dtype(group, parameter.dtype) == torch.int8):
+        stored = None  # else the next step stores it as the group says
+    state = {}
+    for key, spec in state_specs(parameter, group, kahan_sum=kahan_sum, stored=stored).items():
+        if key not in saved:
+            state[key] = _zeros(parameter, key, spec)
+            continue
+        state[key] = saved[key].to(device=parameter.device, dtype=spec[1])
+        if not local(state[key]).is_contiguous() and key in MOMENTUM and is_int8:
+            strided = state[key]
+            state[key] = _zeros(parameter, key, spec)
+            local(state[key]).copy_(local(strided))
+    return state

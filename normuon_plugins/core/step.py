@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from normuon_plugins.core.adamw_step import step_adamw
 from normuon_plugins.core.layout import parse_layout
-from normuon_plugins.core.matrix_step import Directions, Orthogonalize, StoredMatrix, TeamStep, step_local
+from normuon_plugins.core.matrix_step import Directions, TeamStep, step_local
 from normuon_plugins.core.metrics import NeuronRecord
+from normuon_plugins.core.momentum import stored_momentum
 from normuon_plugins.core.step_plan import Member, StepPlan
+from normuon_plugins.core.stored_matrix import StoredMatrix
 from normuon_plugins.distributed.agreement import any_rank
 from normuon_plugins.distributed.placement import gradient_block, local
 
@@ -50,7 +53,7 @@ def take_step(
     gradients: Mapping[int, Tensor],
     states: Mapping[Tensor, Mapping[str, Tensor]],
     skipped: Container[int],
-    orthogonalize_fn: Orthogonalize | None,
+    options: Mapping[str, Any],
 ) -> list[NeuronRecord]:
     """Step every parameter that has a gradient on any rank; return what the neurons of this rank's matrices did.
 
@@ -63,12 +66,13 @@ def take_step(
         gradients: See ``local_gradients``.
         states: Of every parameter of the plan.
         skipped: Numbers of parameters to leave alone, the same on every rank.
-        orthogonalize_fn: Replaces Newton-Schulz; None uses the group's options.
+        options: ``orthogonalize_fn``, ``compile`` and ``bucket_bytes`` of the optimizer.
     """
-    directions = Directions(orthogonalize_fn)
-    step = _Step(plan, members, gradients, states, directions)
+    directions = Directions(options["orthogonalize_fn"], compile=options["compile"])
+    step = _Step(plan, members, gradients, states, directions, options["bucket_bytes"])
     present = {number for number in gradients if number not in skipped}
-    step.advance_momenta(present)
+    stepped = set(present)
+    step.advance_exact_momenta(present)
     teams = [team for team in plan.teams if team.rounds]
     if not teams:
         step.step_here(present)
@@ -78,9 +82,11 @@ def take_step(
         if index == 0:
             step.step_here(present)
         late = {number for number in matrices.find_gradients() if number not in present and number not in skipped}
-        step.advance_momenta(late)
+        step.advance_exact_momenta(late)
         step.step_here(late)
         matrices.finish(present | late)
+        stepped |= late
+    step.advance_momenta(stepped)
     return directions.records
 
 
@@ -94,20 +100,28 @@ class _Step:
         gradients: Mapping[int, Tensor],
         states: Mapping[Tensor, Mapping[str, Tensor]],
         directions: Directions,
+        bucket_bytes: int,
     ) -> None:
         self._plan = plan
         self._members = members
         self._gradients = gradients
         self._states = [{key: local(state) for key, state in states[member.parameter].items()} for member in members]
         self._directions = directions
+        self._bucket_bytes = bucket_bytes
         self.stored = {
             number: _stored(member, self._states[number], gradients.get(number))
             for number, member in enumerate(members)
             if member.group["algorithm"] == "normuon"
         }
 
+    def advance_exact_momenta(self, numbers: Container[int]) -> None:
+        """Bring the momenta of some matrix parameters up to date where that is done before they are read."""
+        for number, matrix in self.stored.items():
+            if number in numbers and matrix.is_exact:
+                matrix.advance()
+
     def advance_momenta(self, numbers: Container[int]) -> None:
-        """Bring the momenta of some matrix parameters up to date."""
+        """Bring the momenta of some matrix parameters up to date, after all were read."""
         for number, matrix in self.stored.items():
             if number in numbers:
                 matrix.advance()
@@ -134,18 +148,21 @@ class _Step:
             ],
             [self._states[number] for number in numbers],
             self._members[numbers[0]].group,
+            self._bucket_bytes,
         )
 
 
 def _stored(member: Member, state: Mapping[str, Tensor], gradient: Tensor | None) -> StoredMatrix:
     layout = parse_layout(member.group["layout"])
     shape = tuple(member.parameter.shape)
+    weight = local(member.parameter)
     return StoredMatrix(
-        local(member.parameter),
-        state["momentum_buffer"],
+        weight,
+        stored_momentum(state, layout),
         state["second_momentum_buffer"],
-        gradient,
+        weight.new_zeros(()).expand(weight.shape) if gradient is None else gradient,
         member.group,
         layout,
         (shape, layout.neuron_state_shape(shape)),
+        state.get("kahan_compensation"),
     )

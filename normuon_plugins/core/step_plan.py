@@ -16,6 +16,7 @@ from torch import Tensor
 
 from normuon_plugins.core.group_options import NS_DTYPES
 from normuon_plugins.core.layout import parse_layout
+from normuon_plugins.core.momentum import check_blocks, momentum_dtype
 from normuon_plugins.core.orthogonalize import fast_matmul_dtype
 from normuon_plugins.core.stacks import Stack, divide
 from normuon_plugins.core.team_plan import Bucket, plan_buckets
@@ -36,6 +37,9 @@ from normuon_plugins.distributed.placement import (
 # Options that must agree for the matrices of two groups to share a batch.
 BATCH_OPTIONS = ("ns_coefficients", "ns_steps", "eps", "adjust_lr_fn", "beta2", "normalize_neurons")
 
+
+# Other keys of a group of matrices that a plan depends on.
+PLANNED_KEYS = ("layout", "ns_dtype", "momentum_dtype")
 
 # Numbers of parameters, by the ranks that share them and the device that computes them.
 Teams = dict[tuple[tuple[int, ...], torch.device], list[int]]
@@ -101,7 +105,7 @@ def sign(members: Iterable[Member], options: Mapping[str, Any]) -> Hashable:
     for parameter, group, _ in members:
         if group["algorithm"] == "normuon":
             rows.append(
-                (id(parameter), whereabouts(parameter), group["layout"], group["ns_dtype"], _batch_options(group))
+                (id(parameter), whereabouts(parameter), *map(group.__getitem__, PLANNED_KEYS), _batch_options(group))
             )
         else:
             rows.append((id(parameter), whereabouts(parameter)))
@@ -157,7 +161,9 @@ def _agree(
         group = _group(groups, ranks, options["process_group"])
         if group is None:
             continue
-        header = ", ".join(f"{name}={options[name]!r}" for name in ("bucket_bytes", "replicas", "nonfinite"))
+        header = ", ".join(
+            f"{name}={options[name]!r}" for name in ("bucket_bytes", "replicas", "nonfinite", "kahan_sum")
+        )
         facts = [_facts(members[number], blocks[number][0]) for number in numbers]
         before = "no error before" if error is None else f"an error before ({error})"
         try:
@@ -165,6 +171,8 @@ def _agree(
             for words, is_placed in facts:
                 if not is_placed:  # on every rank alike, or the ranks would differ
                     raise ValueError(f"{words}; build the DTensor from shards of the right shape.")
+            for number in numbers:
+                _check_momentum(members[number], blocks[number][0])
         except ValueError as found:
             error = error or found
     if error is not None:
@@ -247,7 +255,7 @@ def _facts(member: Member, blocks: Blocks) -> tuple[str, bool]:
     parameter, group, name = member
     words = f"{name!r}: {group['algorithm']} {describe(parameter)}"
     if group["algorithm"] == "normuon":
-        words += f" {group['layout']!r} {ns_dtype(member)} {_batch_options(group)}"
+        words += f" {group['layout']!r} {ns_dtype(member)} {group['momentum_dtype']} {_batch_options(group)}"
     box = blocks.boxes[blocks.ranks.index(my_rank())]
     expected = tuple(map(length, box))
     with torch.no_grad():
@@ -255,6 +263,19 @@ def _facts(member: Member, blocks: Blocks) -> tuple[str, bool]:
     if found != expected:
         words += f", but a local shard {found} where its placements mean {expected}"
     return words, found == expected
+
+
+def _check_momentum(member: Member, blocks: Blocks) -> None:
+    """Raise ``ValueError`` when a shard would hold a part of a block of int8 momentum; on every rank alike."""
+    parameter, group, name = member
+    if group["algorithm"] == "normuon" and momentum_dtype(group, parameter.dtype) == torch.int8:
+        try:
+            check_blocks(blocks.boxes, parameter.shape, parse_layout(group["layout"]))
+        except ValueError as error:
+            raise ValueError(
+                f"{name!r} is {describe(parameter)}: {error}. Give its group momentum_dtype='bfloat16', or shard it by"
+                " rows."
+            ) from None
 
 
 def _batch_options(group: Mapping[str, Any]) -> tuple[Any, ...]:

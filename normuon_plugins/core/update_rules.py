@@ -123,6 +123,46 @@ class Direction(NamedTuple):
     scale: Tensor
 
 
+def scale_neurons(
+    orthogonalized: Tensor,
+    second_momentum_buffer: Tensor,
+    *,
+    normalize: bool,
+    beta2: float,
+    eps: float,
+    adjust_lr_fn: str,
+) -> Direction:
+    """Scale the neurons, then the matrix: found from the RMS of the rows alone, so that it is read and written once.
+
+    Args:
+        orthogonalized: Shape ``(batch, m, n)``. Modified in place.
+        second_momentum_buffer: See ``normuon_direction``, as all that follows.
+        normalize: As there.
+        beta2: As there.
+        eps: As there.
+        adjust_lr_fn: As there.
+    """
+    rms = neuron_rms(orthogonalized)
+    scale = neuron_scale(rms, second_momentum_buffer, beta2=beta2, eps=eps) if normalize else torch.ones_like(rms)
+    scale = scale * matrix_scale(rms, rms * scale, orthogonalized.shape[-1], adjust_lr_fn=adjust_lr_fn)
+    scale.clamp_max_(torch.finfo(scale.dtype).max)  # two finite factors of a row of zeros
+    _scale_rows(orthogonalized, scale)
+    return Direction(orthogonalized, rms, scale)
+
+
+def _scale_rows(matrices: Tensor, scale: Tensor) -> None:
+    """Multiply every row in place."""
+    if matrices.device.type != "cpu" or matrices.dtype == scale.dtype or torch.compiler.is_compiling():
+        matrices.mul_(scale)
+        return
+    # torch's loops over two dtypes are slow on a CPU: 4.3 ms against 0.9 for 768 x 3072, bfloat16 by float32.
+    for matrix, factor in zip(matrices, scale, strict=True):
+        matrix.copy_(matrix.to(factor.dtype).mul_(factor))
+
+
+Scale = Callable[..., Direction]
+
+
 def normuon_direction(
     update: Tensor,
     second_momentum_buffer: Tensor,
@@ -132,10 +172,9 @@ def normuon_direction(
     beta2: float,
     eps: float,
     adjust_lr_fn: str,
+    scale: Scale = scale_neurons,
 ) -> Direction:
     """Turn momentum into the direction that ``lr`` multiplies: orthogonalize, neuron step, rescale.
-
-    The two scales are found from the RMS of the rows alone, so that the matrices are read once and written once.
 
     Args:
         update: Momentum, shape ``(batch, m, n)``: matrices of one shape. Not modified, unless ``orthogonalize`` does.
@@ -145,6 +184,7 @@ def normuon_direction(
         beta2: See ``neuron_scale``.
         eps: See ``neuron_scale``.
         adjust_lr_fn: See ``matrix_scale``.
+        scale: What follows ``orthogonalize``: ``scale_neurons``, or the same compiled.
 
     Returns:
         A ``Direction``; its ``direction`` is what ``orthogonalize`` returned. Rows of zeros stay zero.
@@ -158,19 +198,6 @@ def normuon_direction(
             f"orthogonalize_fn must return a tensor like its input, {tuple(update.shape)} {update.dtype};"
             f" it returned {tuple(orthogonalized.shape)} {orthogonalized.dtype}."
         )
-    rms = neuron_rms(orthogonalized)
-    scale = neuron_scale(rms, second_momentum_buffer, beta2=beta2, eps=eps) if normalize else torch.ones_like(rms)
-    scale = scale * matrix_scale(rms, rms * scale, update.shape[-1], adjust_lr_fn=adjust_lr_fn)
-    scale.clamp_max_(torch.finfo(scale.dtype).max)  # two finite factors of a row of zeros
-    _scale_rows(orthogonalized, scale)
-    return Direction(orthogonalized, rms, scale)
-
-
-def _scale_rows(matrices: Tensor, scale: Tensor) -> None:
-    """Multiply every row in place."""
-    if matrices.device.type != "cpu" or matrices.dtype == scale.dtype:
-        matrices.mul_(scale)
-        return
-    # torch's loops over two dtypes are slow on a CPU: 4.3 ms against 0.9 for 768 x 3072, bfloat16 by float32.
-    for matrix, factor in zip(matrices, scale, strict=True):
-        matrix.copy_(matrix.to(factor.dtype).mul_(factor))
+    return scale(
+        orthogonalized, second_momentum_buffer, normalize=normalize, beta2=beta2, eps=eps, adjust_lr_fn=adjust_lr_fn
+    )

@@ -212,7 +212,7 @@ def companion_placements(
     """Return the placements of a ``companion`` of a tensor of ``shape``: replicated where the sizes differ."""
     return tuple(
         Replicate()
-        if isinstance(placement, (Shard, _StridedShard)) and companion[placement.dim] != shape[placement.dim]
+        if isinstance(placement, (Shard, _StridedShard)) and companion[placement.dim] == 1 != shape[placement.dim]
         else placement
         for placement in placements
     )

@@ -50,9 +50,11 @@ def test_every_option_has_a_check_and_every_group_key_an_option():
     options = set(inspect.signature(NorMuon).parameters) - {"params"}
     assert {option.removeprefix("adamw_") for option in options} == set(CHECKS)
     taken = {option for keys in GROUP_KEYS.values() for option in keys.values()}
-    assert taken | {"nonfinite", "bucket_bytes", "orthogonalize_fn", "replicas", "process_group"} == options
+    own = {"nonfinite", "bucket_bytes", "orthogonalize_fn", "replicas", "process_group", "kahan_sum", "compile"}
+    assert taken | own == options
     # what a batch may not mix, and what is read block by block or only applied at the end
-    assert set(BATCH_OPTIONS) | {"lr", "weight_decay", "momentum", "nesterov", "ns_dtype"} == set(GROUP_KEYS["normuon"])
+    apart = {"lr", "weight_decay", "momentum", "nesterov", "ns_dtype", "momentum_dtype"}
+    assert set(BATCH_OPTIONS) | apart == set(GROUP_KEYS["normuon"])
 
 
 def test_flat_shards_of_fsdp1_are_told_to_use_fsdp2():

@@ -419,3 +419,20 @@ def test_replaced_parameters_are_found_at_the_next_step():
     optimizer.step()
     assert not torch.equal(new, weight)
     assert new in optimizer.state
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own, 2.13
+def test_compiled_steps_give_the_same_weights():
+    """Once: compiling takes seconds. float32 products, so that only the order of sums may differ."""
+    weights = [torch.nn.Parameter(torch.randn(2, 24, 40)[index].clone()) for index in (0, 1)]
+    twins = [torch.nn.Parameter(weight.detach().clone()) for weight in weights]
+    compiled = NorMuon(weights, lr=0.1, compile=True, ns_dtype="float32")
+    eager = NorMuon(twins, lr=0.1, ns_dtype="float32")
+    for _ in range(3):
+        for weight, twin in zip(weights, twins, strict=True):
+            weight.grad = torch.randn_like(weight)
+            twin.grad = weight.grad.clone()
+        compiled.step()
+        eager.step()
+    for weight, twin in zip(weights, twins, strict=True):
+        torch.testing.assert_close(weight, twin, rtol=1e-5, atol=1e-6)

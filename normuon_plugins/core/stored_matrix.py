@@ -1,0 +1,107 @@
+"""A matrix parameter where it lies: what is read of it for the mathematics, and how it takes what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normuon_plugins.core.compensation import exact_weight, round_weight
+from normuon_plugins.core.layout import Layout
+from normuon_plugins.core.momentum import Cut, Momentum, advance_stored
+from normuon_plugins.core.update_rules import nesterov_update, update_momentum
+
+# The fields of an exchanged item: the update on the way out and the direction on the way back, and the neuron state.
+UPDATE, NEURONS = 0, 1
+
+
+@dataclass
+class StoredMatrix:
+    """A matrix parameter on this rank during one step.
+
+    Attributes:
+        weight: This rank's block.
+        momentum: Of the block.
+        second_momentum_buffer: This rank's block of the neuron state.
+        gradient: Shape of ``weight``; zeros where this rank has none.
+        group: The parameter's group.
+        layout: Its parsed layout.
+        shapes: Global shapes of the parameter and of its neuron state.
+        compensation: What rounding the weight lost, shape and dtype of ``weight``; None if that is not kept.
+        is_advanced: Whether the momentum was brought up to date.
+    """
+
+    weight: Tensor
+    momentum: Momentum
+    second_momentum_buffer: Tensor
+    gradient: Tensor
+    group: Mapping[str, Any]
+    layout: Layout
+    shapes: tuple[Sequence[int], Sequence[int]]
+    compensation: Tensor | None = None
+    is_advanced: bool = False
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether momentum is stored in at least the weight's precision, and so advanced in place, before it is read.
+
+        Elsewhere it is advanced last: what is orthogonalized is computed in float32 and was not rounded to be stored.
+        """
+        dtype = self.momentum.buffer.dtype
+        return dtype.is_floating_point and torch.promote_types(dtype, self.weight.dtype) == dtype
+
+    def advance(self) -> None:
+        """Bring the momentum up to date, unless it is."""
+        if self.is_advanced:
+            return
+        decay = self.group["momentum"]
+        if self.is_exact:
+            update_momentum(self.momentum.buffer, self.gradient, momentum=decay)
+        else:
+            advance_stored(self.momentum, self.gradient, momentum=decay, dtype=self._dtype)
+        self.is_advanced = True
+
+    def read(self, field: int, cut: Cut) -> Tensor:
+        """Return a piece of what is to be orthogonalized (momentum or its Nesterov look-ahead), or of the neuron state.
+
+        Momentum that is not up to date yet is advanced here as if, and nothing is written: it is stored in fewer bits,
+        or it is open whether a missing gradient counts as zero.
+        """
+        if field == NEURONS:
+            return cut(self.second_momentum_buffer)
+        momentum, gradient = self.group["momentum"], cut(self.gradient)
+        piece = self.momentum.read(cut, self._dtype)
+        if not self.is_advanced:
+            piece = piece.clone() if self.is_exact else piece
+            update_momentum(piece, gradient, momentum=momentum)
+        return nesterov_update(piece, gradient, momentum=momentum) if self.group["nesterov"] else piece
+
+    def write(self, field: int, cut: Cut, value: Tensor) -> None:
+        """Take a piece of the neuron state, or move: ``W <- (1 - lr * weight_decay) * W - lr * direction``."""
+        if field == NEURONS:
+            cut(self.second_momentum_buffer).copy_(value)
+        elif self.compensation is None:
+            self._move(cut(self.weight), value)
+        else:
+            weight, compensation = cut(self.weight), cut(self.compensation)
+            exact = exact_weight(weight, compensation)
+            self._move(exact, value)
+            round_weight(exact, weight, compensation)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """In which momentum is computed with: the stored one if that is exact, else float32 or wider."""
+        return self.momentum.buffer.dtype if self.is_exact else torch.promote_types(self.weight.dtype, torch.float32)
+
+    def _move(self, weight: Tensor, value: Tensor) -> None:
+        lr, direction = self.group["lr"], value.to(weight.device)
+        if weight.device.type == "cpu":  # whose loops over two dtypes are slow: 2.3 ms against 0.6 for 768 x 3072
+            direction = direction.to(weight.dtype)
+        weight.mul_(1 - lr * self.group["weight_decay"])
+        if isinstance(lr, Tensor):  # reading its value would synchronize a GPU
+            weight.sub_(direction.to(weight.dtype) * lr)
+        else:
+            weight.add_(direction, alpha=-lr)
