@@ -167,9 +167,11 @@ class _Squares:
             return torch.baddbmm(added, left, right, beta=beta, alpha=alpha, out=out)
         width = -(-size // self._strips)
         # Two-dimensional: a CPU's bmm first copies operands that are parts of larger ones.
+        square, left, right, added = out[0], left[0], right[0], added[0]
         for start in range(0, size, width):
             stop = min(start + width, size)
-            below, part = out[0, start:, start:stop], added[0, start:, start:stop]
-            torch.addmm(part, left[0, start:], right[0, :, start:stop], beta=beta, alpha=alpha, out=below)
-            out[0, start:stop, stop:] = below[stop - start :].mT
+            below = square[start:, start:stop]
+            part = added[start:, start:stop]
+            torch.addmm(part, left[start:], right[:, start:stop], beta=beta, alpha=alpha, out=below)
+            square[start:stop, stop:] = below[stop - start :].mT
         return out

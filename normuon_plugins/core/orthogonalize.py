@@ -89,14 +89,13 @@ def multiplications(
     cols: int,
     ns_steps: int,
     *,
-    ns_coefficients: str | Sequence[float] = "muon",
-    device: torch.device | str = "cuda",
+    ns_coefficients: str | Sequence[float],
+    device: torch.device | str,
 ) -> int:
     """Return how many scalar multiplications ``orthogonalize`` takes for one matrix on a device of this kind."""
     short, long = sorted((rows, cols))
-    return _form(short, long, ns_steps, resolve_preset(ns_coefficients), torch.device(device).type).multiplications(
-        short, long
-    )
+    form = _form(short, long, ns_steps, resolve_preset(ns_coefficients), torch.device(device).type)
+    return form.multiplications(short, long)
 
 
 @lru_cache(maxsize=1024)  # the layers of a model ask for the same few
@@ -186,8 +185,11 @@ def _scale_to_unit_norm(x: Tensor, margin: float, workspace: Workspace) -> Tenso
     """Return ``x / (margin * ||x||_F)`` per matrix in a tensor of the workspace; zero where ``x`` is zero."""
     wide = torch.promote_types(x.dtype, torch.float32)
     # The largest entry goes first: squared, 1e-30 is zero and 1e30 infinite in float32. By a power of two, exactly.
-    largest = torch.maximum(x.amax((-2, -1), keepdim=True), x.amin((-2, -1), keepdim=True).neg_())
-    largest = largest.clamp_min_(torch.finfo(x.dtype).tiny).to(wide)
+    if len(x) == 1:  # a quarter of the time, on a CPU
+        low, high = (value.view(1, 1, 1) for value in torch.aminmax(x))
+    else:
+        low, high = x.amin((-2, -1), keepdim=True), x.amax((-2, -1), keepdim=True)
+    largest = torch.maximum(high, low.neg_()).clamp_min_(torch.finfo(x.dtype).tiny).to(wide)
     power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
     scaled = torch.div(x, power.to(x.dtype), out=workspace.take(x.shape))
     norm = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True, dtype=wide)

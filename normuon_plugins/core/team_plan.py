@@ -12,6 +12,10 @@ from normuon_plugins.core.buckets import choose_owners, is_local, plan_batches, 
 from normuon_plugins.core.stacks import Stack
 from normuon_plugins.distributed.exchange import Exchange, Field, Item
 
+# Matrices that need no message and that a CPU, which is busy with one large one, copies at once. With 16 MiB a step on
+# GPT-2's takes as long as with 128 (medians 2.81 and 2.85 s) and a tenth of the memory.
+CPU_BATCH_BYTES = 16 * 2**20
+
 
 class Bucket(NamedTuple):
     """Stacks that are moved together, and the batches in which this rank multiplies those it owns.
@@ -64,9 +68,10 @@ def plan_buckets(
     """
     owners = choose_owners(stacks, ranks)
     here = [number for number, stack in enumerate(stacks) if owners[number] == place and is_local(stack, place)]
+    on_cpu = any(stacks[number].device.type == "cpu" for number in here)
     local = [
         _bucket(stacks, owners, batch, place, None, bucket_bytes, parts=1, note_bytes=0)
-        for batch in plan_batches(stacks, here, bucket_bytes)
+        for batch in plan_batches(stacks, here, min(bucket_bytes, CPU_BATCH_BYTES) if on_cpu else bucket_bytes)
     ]
     rounds = [
         _bucket(

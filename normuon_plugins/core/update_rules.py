@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 # Root mean square of AdamW's update on hidden matrices: Liu et al., "Muon is Scalable for LLM Training",
 # https://arxiv.org/abs/2502.16982, section 2.2; the paper's Algorithm 1 keeps it.
 ADAMW_UPDATE_RMS = 0.2
+
+# Entries of the matrices that a CPU scales at once: 2 MiB in float32, the second-level cache of two cores.
+CACHED_ENTRIES = 2**19
 
 ADJUST_LR_FNS = ("match_rms_adamw", "original")
 
@@ -142,22 +146,38 @@ def scale_neurons(
         eps: As there.
         adjust_lr_fn: As there.
     """
-    rms = neuron_rms(orthogonalized)
-    scale = neuron_scale(rms, second_momentum_buffer, beta2=beta2, eps=eps) if normalize else torch.ones_like(rms)
-    scale = scale * matrix_scale(rms, rms * scale, orthogonalized.shape[-1], adjust_lr_fn=adjust_lr_fn)
-    scale.clamp_max_(torch.finfo(scale.dtype).max)  # two finite factors of a row of zeros
-    _scale_rows(orthogonalized, scale)
+    scales = partial(_find_scales, normalize=normalize, beta2=beta2, eps=eps, adjust_lr_fn=adjust_lr_fn)
+    if orthogonalized.device.type != "cpu" or torch.compiler.is_compiling():
+        rms, scale = scales(neuron_rms(orthogonalized), second_momentum_buffer, orthogonalized.shape[-1])
+        return Direction(orthogonalized.mul_(scale), rms, scale)
+    # A CPU's loops over two dtypes are slow, so a wide copy serves both passes, of few matrices at a time: the next one
+    # takes its memory, which is in the cache (12 x 768 x 768 in bfloat16: 2.6 ms against 22).
+    found = []
+    size = max(1, CACHED_ENTRIES // max(1, orthogonalized[0].numel()))
+    for part, buffer in zip(torch.split(orthogonalized, size), torch.split(second_momentum_buffer, size), strict=True):
+        wide = part.to(torch.promote_types(part.dtype, torch.float32))
+        found.append(scales(neuron_rms(wide), buffer, part.shape[-1]))
+        wide.mul_(found[-1][1])
+        if wide is not part:
+            part.copy_(wide)
+    rms, scale = (torch.cat(column) for column in zip(*found, strict=True))
     return Direction(orthogonalized, rms, scale)
 
 
-def _scale_rows(matrices: Tensor, scale: Tensor) -> None:
-    """Multiply every row in place."""
-    if matrices.device.type != "cpu" or matrices.dtype == scale.dtype or torch.compiler.is_compiling():
-        matrices.mul_(scale)
-        return
-    # torch's loops over two dtypes are slow on a CPU: 4.3 ms against 0.9 for 768 x 3072, bfloat16 by float32.
-    for matrix, factor in zip(matrices, scale, strict=True):
-        matrix.copy_(matrix.to(factor.dtype).mul_(factor))
+def _find_scales(
+    rms: Tensor,
+    second_momentum_buffer: Tensor,
+    cols: int,
+    *,
+    normalize: bool,
+    beta2: float,
+    eps: float,
+    adjust_lr_fn: str,
+) -> tuple[Tensor, Tensor]:
+    """Return ``rms``, and what every row is multiplied by."""
+    scale = neuron_scale(rms, second_momentum_buffer, beta2=beta2, eps=eps) if normalize else torch.ones_like(rms)
+    scale = scale * matrix_scale(rms, rms * scale, cols, adjust_lr_fn=adjust_lr_fn)
+    return rms, scale.clamp_max_(torch.finfo(scale.dtype).max)  # two finite factors of a row of zeros
 
 
 Scale = Callable[..., Direction]

@@ -267,11 +267,12 @@ class Pending:
         self._outgoing = outgoing  # must live until the message has left
 
     def wait(self) -> Iterator[tuple[_Route, Tensor]]:
-        """Wait, then yield every route with what arrived for it."""
+        """Wait, then yield every route with what arrived for it; once, since the memory is let go of at the end."""
         incoming = self._arrive()
         if incoming is not None:
             for segment, routes in zip(self._message.segments(incoming), self._message.receives, strict=True):
                 yield from self._message.unpack(segment, routes)
+            _let_go(incoming)
 
     def notes(self) -> list[Tensor]:
         """Wait, then return the notes by rank, padded with anything to a multiple of ``ALIGNMENT`` bytes."""
@@ -283,5 +284,12 @@ class Pending:
     def _arrive(self) -> Tensor | None:
         if self._work is not None:
             self._work.wait()
+            if self._outgoing is not None:
+                _let_go(self._outgoing)
             self._work = self._outgoing = None
         return self._incoming
+
+
+def _let_go(buffer: Tensor) -> None:
+    """Free the memory of a finished message at once: gloo's threads hold on to the tensor for a while."""
+    buffer.untyped_storage().resize_(0)

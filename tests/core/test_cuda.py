@@ -72,4 +72,4 @@ def test_transient_memory_is_bounded_by_the_bucket():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         optimizer.step()
-    assert torch.cuda.max_memory_allocated() - before < 14 * bucket_bytes
+    assert torch.cuda.max_memory_allocated() - before < 8 * bucket_bytes
