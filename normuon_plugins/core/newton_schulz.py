@@ -9,6 +9,7 @@ Newton-Schulz", 2026). Rounding errors of a shared ``R`` grow with ``a ** 2`` at
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ class Form(NamedTuple):
     def multiplications(self, short: int, long: int) -> int:
         """Return how many scalar multiplications one matrix takes, ``short <= long`` its sides."""
         wide = short * short * long
-        # The part on and below the diagonal, by the strips; of equal width, or nearly.
+        # What lies on and below the diagonal, in strips of equal width or nearly.
         symmetric = (self.strips + 1) / (2 * self.strips)
         total = 0.0
         for steps in self.segments:
@@ -135,26 +136,39 @@ class _Squares:
 
         A single step keeps ``a I`` out of ``F``, whose rounding it would share.
         """
+        rest = self._rest(gram, polynomials[0])
+        if len(polynomials) == 1:
+            self._workspace.give(gram)
+            return polynomials[0][0], rest
         product: Tensor | None = None
-        for number, (a, b, c) in enumerate(polynomials):
-            rest = self.product(gram, gram, added=gram, beta=b, alpha=c)  # Z without a I
-            if number < len(polynomials) - 1:
-                half = self.product(gram, rest, added=gram, beta=a)  # R Z
-                self._workspace.give(gram)
-                gram = self.product(rest, half, added=half, beta=a)  # Z R Z
-                self._workspace.give(half)
-            if len(polynomials) == 1:
-                self._workspace.give(gram)
-                return a, rest
-            if product is None:
-                product = rest
-                product.diagonal(dim1=-2, dim2=-1).add_(a)
-            else:
-                before, product = product, self.product(product, rest, added=product, beta=a)
-                self._workspace.give(before, rest)
-        assert product is not None
+        for polynomial, following in pairwise(polynomials):
+            gram = self._next_gram(gram, rest, polynomial[0])
+            product = self._append(product, rest, polynomial[0])
+            rest = self._rest(gram, following)
         self._workspace.give(gram)
-        return 0.0, product
+        return 0.0, self._append(product, rest, polynomials[-1][0])
+
+    def _rest(self, gram: Tensor, polynomial: Polynomial) -> Tensor:
+        """Return ``Z - a I = b R + c R R``."""
+        _, b, c = polynomial
+        return self.product(gram, gram, added=gram, beta=b, alpha=c)
+
+    def _next_gram(self, gram: Tensor, rest: Tensor, a: float) -> Tensor:
+        """Return ``Z R Z`` in place of ``R``."""
+        half = self.product(gram, rest, added=gram, beta=a)
+        self._workspace.give(gram)
+        following = self.product(rest, half, added=half, beta=a)
+        self._workspace.give(half)
+        return following
+
+    def _append(self, product: Tensor | None, rest: Tensor, a: float) -> Tensor:
+        """Return ``product Z``, or ``Z`` where there is none yet, in place of both."""
+        if product is None:
+            rest.diagonal(dim1=-2, dim2=-1).add_(a)
+            return rest
+        appended = self.product(product, rest, added=product, beta=a)
+        self._workspace.give(product, rest)
+        return appended
 
     def product(
         self, left: Tensor, right: Tensor, *, added: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0

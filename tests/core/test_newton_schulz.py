@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from benchmarks.forms import iterate, structured, with_spectrum
 from normuon_plugins.core.newton_schulz import SHARED_FROM, Form, Workspace, choose_form, newton_schulz
 from normuon_plugins.core.orthogonalize import PRESETS, multiplications, orthogonalize
 from tests.reference import newton_schulz as plain_iteration
@@ -13,40 +14,8 @@ MUON = PRESETS["muon"]
 SEGMENTS = [(1, 1, 1, 1, 1), (3, 2), (2, 1, 2), (5,)]
 
 
-def iterate(matrices, form, polynomials=MUON.polynomials):
-    """Run ``form`` on matrices ``(batch, m, n)`` of unit norm."""
-    workspace = Workspace(matrices.dtype, matrices.device)
-    x = workspace.take(matrices.shape).copy_(matrices)
-    out = torch.empty_like(matrices)
-    newton_schulz(x, polynomials, form, workspace, out)
-    return out
-
-
 def unit(matrix):
     return matrix / matrix.norm()
-
-
-def with_spectrum(spectrum, cols):
-    """Return a float64 matrix with these singular values and random singular vectors."""
-    rows = len(spectrum)
-    left, right = (
-        torch.linalg.qr(torch.randn(rows, rows).double())[0],
-        torch.linalg.qr(torch.randn(cols, rows).double())[0],
-    )
-    return left @ torch.diag(spectrum.double()) @ right.mT
-
-
-def structured(rows, cols):
-    """Yield matrices like momentum at its worst: a few directions far above the rest, copies, sparse rows."""
-    noise = torch.randn(rows, cols)
-    yield "ones", 1 + 0.3 * noise
-    yield "three decades", with_spectrum(torch.logspace(0, -3, rows), cols)
-    yield "six decades", with_spectrum(torch.logspace(0, -6, rows), cols)
-    yield "low rank", torch.randn(rows, 4) @ torch.randn(4, cols) + 1e-2 * noise
-    yield "copies", torch.randn(6, cols)[torch.randint(6, (rows,))] + 1e-2 * noise
-    yield "sparse", noise * (torch.rand(rows, cols) < 0.05) + 1e-4 * noise
-    yield "waves", torch.sin(0.1 * torch.arange(rows)[:, None] + 0.2 * torch.arange(cols)) + 1e-2 * noise
-    yield "rows of many scales", noise * torch.logspace(0, -4, rows)[:, None]
 
 
 @pytest.mark.parametrize("segments", SEGMENTS)
@@ -55,7 +24,9 @@ def structured(rows, cols):
 def test_every_form_is_the_same_function(segments, strips, shape):
     matrix = unit(torch.randn(shape, dtype=torch.float64))
     expected = plain_iteration(matrix)
-    torch.testing.assert_close(iterate(matrix[None], Form(segments, strips))[0], expected, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(
+        iterate(matrix[None], MUON.polynomials, Form(segments, strips))[0], expected, rtol=1e-10, atol=1e-11
+    )
 
 
 @pytest.mark.parametrize("segments", SEGMENTS)
@@ -66,7 +37,7 @@ def test_a_step_keeps_its_own_polynomial_where_a_gram_matrix_is_shared(segments)
     for a, b, c in polynomials:
         gram = expected @ expected.mT
         expected = a * expected + (b * gram + c * gram @ gram) @ expected
-    torch.testing.assert_close(iterate(matrix, Form(segments, 1), polynomials), expected, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(iterate(matrix, polynomials, Form(segments, 1)), expected, rtol=1e-9, atol=1e-10)
 
 
 def test_what_strips_leave_out_is_mirrored_exactly():
@@ -160,7 +131,8 @@ def test_sharing_costs_no_accuracy_in_bfloat16():
         start = unit(matrix.double())
         exact = plain_iteration(start)
         shared, plain = (
-            (iterate(start.bfloat16()[None], Form(segments, 1))[0].double() - exact).norm() / exact.norm()
+            (iterate(start.bfloat16()[None], MUON.polynomials, Form(segments, 1))[0].double() - exact).norm()
+            / exact.norm()
             for segments in ((3, 2), (1,) * 5)
         )
         assert shared < max(1.25 * plain, 0.04), name
