@@ -49,7 +49,7 @@ class Form(NamedTuple):
         return round(total)
 
 
-def choose_form(short: int, long: int, ns_steps: int, shared: Sequence[int], device_type: str) -> Form:
+def choose_form(short: int, long: int, ns_steps: int, shared: Sequence[int], *, in_strips: bool) -> Form:
     """Return the form that takes the fewest multiplications.
 
     Args:
@@ -57,9 +57,9 @@ def choose_form(short: int, long: int, ns_steps: int, shared: Sequence[int], dev
         long: The larger side.
         ns_steps: Steps in all.
         shared: How many steps may share a Gram matrix, in order; the last number is repeated.
-        device_type: Whole products on anything but a CPU, where strips would start too many kernels.
+        in_strips: Whether large matrices are multiplied one by one and their symmetric products in strips.
     """
-    strips = max(1, short // STRIP) if device_type == "cpu" else 1
+    strips = max(1, short // STRIP) if in_strips else 1
     forms = [Form((1,) * ns_steps, strips)]
     if short >= SHARED_FROM:
         forms.append(Form(_segments(ns_steps, shared), strips))

@@ -1,5 +1,6 @@
 """plan_exchange: what a step costs every rank, before there are any."""
 
+import math
 import re
 
 import pytest
@@ -71,18 +72,34 @@ def test_a_plan_of_a_model_without_weights_is_enough():
     assert "2 ranks" in str(report)
 
 
-def test_the_table_in_the_documentation_is_what_the_report_says(root):
+def documented(root, page):
+    """Yield the rows of a page's table of costs: shapes, ranks, the report, and what the page shows."""
     models = {"1B": llama(2048, 5632, 256, 22), "8B": LLAMA_3_8B, "70B": llama(8192, 28672, 1024, 80)}
-    rows = re.findall(
-        r"^\| (1B|8B|70B) \| (\d+) \| (.+) \|$", (root / "docs" / "distributed.md").read_text(), re.MULTILINE
-    )
+    rows = re.findall(r"^\| (1B|8B|70B) \| (\d+) \| (.+) \|$", (root / "docs" / page).read_text(), re.MULTILINE)
     assert len(rows) == 12
     for model, ranks, shown in rows:
-        report = plan_exchange(models[model], shards=int(ranks))
+        yield models[model], int(ranks), plan_exchange(models[model], shards=int(ranks)), shown
+
+
+def test_the_table_of_exchanges_is_what_the_report_says(root):
+    for _, _, report, shown in documented(root, "distributed.md"):
         sent, received = max(report.bytes_sent) / 2**20, max(report.bytes_received) / 2**20
         assert shown == (
             f"{max(report.multiplications) / 1e12:.2f} | {report.imbalance:.2f} ({report.least_imbalance:.2f})"
             f" | {sent:.0f} | {received:.0f} | {report.collectives}"
+        )
+
+
+def test_the_table_of_growing_cost_is_what_the_report_says(root):
+    """An all-gather receives every matrix in bfloat16; a training step multiplies thrice by token and parameter."""
+    for shapes, ranks, report, shown in documented(root, "performance.md"):
+        entries = sum(math.prod(shape) for shape, _ in shapes)
+        busiest, everything = max(report.multiplications), sum(report.multiplications)
+        training = 3 * entries * 8192 / 100
+        assert shown == (
+            f"{busiest / 1e12:.2f} | {everything / 1e12:.0f} | {max(report.bytes_received) / 2**20:.0f}"
+            f" | {2 * entries * (1 - 1 / ranks) / 2**20:.0f}"
+            f" | {busiest / training:.2f} % | {everything / training:.1f} %"
         )
 
 

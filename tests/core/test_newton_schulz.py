@@ -89,9 +89,9 @@ def test_the_cost_that_is_planned_is_the_cost_that_is_paid(monkeypatch, preset, 
 
 def test_no_form_that_is_allowed_would_cost_less():
     sides = (SHARED_FROM, 300, 768, 1024)
-    for short, ratio, device_type in itertools.product(sides, (1, 1.1, 1.3, 1.6, 4), ("cpu", "cuda")):
+    for short, ratio, in_strips in itertools.product(sides, (1, 1.1, 1.3, 1.6, 4), (True, False)):
         long = int(short * ratio)
-        chosen = choose_form(short, long, 5, MUON.shared, device_type)
+        chosen = choose_form(short, long, 5, MUON.shared, in_strips=in_strips)
         for segments in ((1,) * 5, (3, 2)):
             assert chosen.multiplications(short, long) <= Form(segments, chosen.strips).multiplications(short, long)
 
@@ -105,8 +105,18 @@ def test_a_wide_matrix_costs_two_thirds_of_the_plain_iteration_and_half_on_a_cpu
 
 
 def test_small_matrices_and_other_presets_share_nothing():
-    assert choose_form(SHARED_FROM - 1, 1000, 5, MUON.shared, "cpu").segments == (1,) * 5
-    assert choose_form(768, 3072, 5, PRESETS["polar_express"].shared, "cpu").segments == (1,) * 5
+    assert choose_form(SHARED_FROM - 1, 1000, 5, MUON.shared, in_strips=True).segments == (1,) * 5
+    assert choose_form(768, 3072, 5, PRESETS["polar_express"].shared, in_strips=True).segments == (1,) * 5
+
+
+def test_a_cpu_with_amx_multiplies_whole_products_in_batches(monkeypatch):
+    matrices = torch.randn(2, 520, 520)
+    expected = orthogonalize(matrices, ns_dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    found = []
+    work = count_multiplications(monkeypatch, lambda: found.append(orthogonalize(matrices, ns_dtype=torch.bfloat16)))
+    assert work == 2 * 15 * 520**3
+    torch.testing.assert_close(found[0], expected, rtol=0.1, atol=0.01)
 
 
 def test_muons_coefficients_written_as_numbers_are_the_same_preset():
