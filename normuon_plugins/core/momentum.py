@@ -43,6 +43,7 @@ def momentum_specs(shape: Sequence[int], layout: Layout, dtype: torch.dtype) -> 
     """Return shape and dtype of the tensors that hold the momentum of a parameter, or of a rank's block of it.
 
     Example:
+        >>> from normuon_plugins.core.layout import parse_layout
         >>> momentum_specs((4, 300), parse_layout("o i"), torch.int8)["momentum_scale"]
         ((4, 2), torch.float32)
     """

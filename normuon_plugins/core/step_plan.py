@@ -162,7 +162,7 @@ def _agree(
         if group is None:
             continue
         header = ", ".join(
-            f"{name}={options[name]!r}" for name in ("bucket_bytes", "replicas", "nonfinite", "kahan_sum")
+            f"{name}={options[name]!r}" for name in ("bucket_bytes", "replicas", "kahan_sum", "nonfinite")
         )
         facts = [_facts(members[number], blocks[number][0]) for number in numbers]
         before = "no error before" if error is None else f"an error before ({error})"

@@ -80,7 +80,7 @@ WRITTEN = {
     "bucket_bytes": ("1000000", 1000000),
     "eps": ("1e-9", 1e-9),
     "kahan_sum": ("true", True),
-    "compile": ("false", False),
+    "compile": ("true", True),
     "lora": ("b", "b"),
     "momentum": ("0.9", 0.9),
     "momentum_dtype": ("int8", "int8"),
