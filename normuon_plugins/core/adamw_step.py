@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from normuon_plugins.core.compensation import exact_weight, round_weight
+from normuon_plugins.core.compensation import COMPENSATION, exact_weight, round_weight
 
 # Devices whose fused kernel takes every floating dtype and a tensor lr.
 FUSED_DEVICES = ("cpu", "cuda")
@@ -39,8 +39,8 @@ def step_adamw(
     compensated: list[tuple[Row, Tensor]] = []
     for parameter, gradient, state in zip(parameters, gradients, states, strict=True):
         row = (parameter, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"])
-        if "kahan_compensation" in state:
-            compensated.append((row, state["kahan_compensation"]))
+        if COMPENSATION in state:
+            compensated.append((row, state[COMPENSATION]))
         else:
             rows.append(row)
     _step(rows, group)

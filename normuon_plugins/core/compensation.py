@@ -10,6 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# The key of what rounding lost in a parameter's state.
+COMPENSATION = "kahan_compensation"
+
 COMPENSATED_DTYPES = (torch.bfloat16, torch.float16)
 
 

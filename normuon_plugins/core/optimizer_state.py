@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normuon_plugins.core.compensation import COMPENSATED_DTYPES
+from normuon_plugins.core.compensation import COMPENSATED_DTYPES, COMPENSATION
 from normuon_plugins.core.group_options import parameter_name
 from normuon_plugins.core.layout import parse_layout
 from normuon_plugins.core.momentum import (
@@ -22,7 +22,6 @@ from normuon_plugins.core.momentum import (
 from normuon_plugins.distributed.placement import describe, local, whereabouts, zeros
 
 MOMENTUM = frozenset({"momentum_buffer", "momentum_scale"})
-COMPENSATION = "kahan_compensation"
 
 
 def state_specs(

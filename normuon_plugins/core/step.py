@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from normuon_plugins.core.adamw_step import step_adamw
+from normuon_plugins.core.compensation import COMPENSATION
 from normuon_plugins.core.layout import parse_layout
 from normuon_plugins.core.matrix_step import Directions, TeamStep, step_local
 from normuon_plugins.core.metrics import NeuronRecord
@@ -164,5 +165,5 @@ def _stored(member: Member, state: Mapping[str, Tensor], gradient: Tensor | None
         member.group,
         layout,
         (shape, layout.neuron_state_shape(shape)),
-        state.get("kahan_compensation"),
+        state.get(COMPENSATION),
     )

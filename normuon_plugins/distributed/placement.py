@@ -91,11 +91,6 @@ def whereabouts(tensor: Tensor) -> tuple[object, ...]:
     return (tensor.shape, tensor.device)
 
 
-def is_like(first: Tensor, second: Tensor) -> bool:
-    """Return whether two tensors agree in shape, dtype, device and, where sharded, in mesh and placements."""
-    return first.dtype == second.dtype and whereabouts(first) == whereabouts(second)
-
-
 def locate(tensor: Tensor, shape: Sequence[int] | None = None) -> Blocks:
     """Return the blocks of a tensor on its mesh; a plain tensor lies whole on this rank.
 

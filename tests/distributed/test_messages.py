@@ -1,7 +1,5 @@
 """What travels, when, and how much memory it takes: counted collectives, bytes, order of events, peak."""
 
-import json
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,8 +8,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.memory import transient_bytes
 from normuon_plugins import NorMuon, plan_exchange
 from normuon_plugins.core import adamw_step
 from tests.distributed import cases
@@ -174,20 +172,7 @@ def test_the_next_round_is_in_flight_while_one_is_multiplied_and_adamw_runs_in_t
     assert second == [out, "adamw", out, 1, back, out, 1, back, out, 1, back, back]
 
 
-def peak_bytes(function, trace):
-    """Return the largest sum of what was allocated and not freed while ``function`` ran."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    profiler.export_chrome_trace(str(trace))
-    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event["ts"]):
-        held += event["args"]["Bytes"]
-        peak = max(peak, held)
-    return peak
-
-
-def measure_memory(folder, shard):
+def measure_memory(shard):
     """Return the transient bytes of a step, for models of two sizes and three sets of options, at one bucket size."""
     found = []
     bucket_bytes = 4 * 128**2 * 4
@@ -200,12 +185,11 @@ def measure_memory(folder, shard):
             options = {"bucket_bytes": bucket_bytes, "ns_dtype": ns_dtype, "process_group": group, **more}
             optimizer = NorMuon(model.parameters(), **options)
             optimizer.step()
-            trace = folder / f"trace-{shard}-{dist.get_rank()}.json"
-            found.append(peak_bytes(optimizer.step, trace) / bucket_bytes)
+            found.append(transient_bytes(optimizer.step, torch.device("cpu")) / bucket_bytes)
     return found
 
 
 @pytest.mark.parametrize(("world_size", "shard"), [(1, False), (2, True), (4, True), (4, False)])
-def test_transient_memory_is_a_small_multiple_of_the_bucket_whatever_the_model(tmp_path, world_size, shard):
-    for found in run_ranks(measure_memory, world_size, tmp_path, shard):
+def test_transient_memory_is_a_small_multiple_of_the_bucket_whatever_the_model(world_size, shard):
+    for found in run_ranks(measure_memory, world_size, shard):
         assert max(found) <= STATED_MULTIPLE
