@@ -95,6 +95,38 @@ def train_tokenizer(documents: list[str], vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
+def tokenize(documents: list[str], model: str | None, vocabulary: int, cache: Path) -> Path:
+    """Return the file of the tokens of ``documents``, written unless it is there; its name is that of their content.
+
+    It holds ``training`` and ``validation`` (int32, one dimension), and the size of the ``vocabulary``.
+    """
+    digest = hashlib.sha256(json.dumps([documents, model, vocabulary]).encode()).hexdigest()[:16]
+    file = cache / f"tokens-{digest}.pt"
+    if file.exists():
+        return file
+    cache.mkdir(parents=True, exist_ok=True)
+    if model:
+        pretrained = AutoTokenizer.from_pretrained(model)
+        tokenizer, end_of_text = pretrained.backend_tokenizer, pretrained.eos_token
+    else:
+        tokenizer, end_of_text = train_tokenizer(documents, vocabulary), END_OF_TEXT
+    end = [tokenizer.token_to_id(end_of_text)] if end_of_text else []
+    encoded = [torch.tensor(encoding.ids + end) for encoding in tokenizer.encode_batch(documents)]
+    held_out = encoded[::VALIDATION_EVERY]
+    del encoded[::VALIDATION_EVERY]
+    partial = file.with_suffix(f".{os.getpid()}.partial")  # every process of a run may come here at once
+    torch.save(
+        {
+            "training": torch.cat(encoded).int(),
+            "validation": torch.cat(held_out).int(),
+            "vocabulary": tokenizer.get_vocab_size(),
+        },
+        partial,
+    )
+    partial.replace(file)  # an interrupted run leaves no half file
+    return file
+
+
 def load_corpus(
     *,
     text: list[Path],
@@ -116,31 +148,7 @@ def load_corpus(
         sequence_length: Tokens per block.
         cache: Folder, created if missing.
     """
-    documents = load_documents(text, dataset)
-    digest = hashlib.sha256(json.dumps([documents, model, vocabulary]).encode()).hexdigest()[:16]
-    file = cache / f"tokens-{digest}.pt"
-    if not file.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        if model:
-            pretrained = AutoTokenizer.from_pretrained(model)
-            tokenizer, end_of_text = pretrained.backend_tokenizer, pretrained.eos_token
-        else:
-            tokenizer, end_of_text = train_tokenizer(documents, vocabulary), END_OF_TEXT
-        end = [tokenizer.token_to_id(end_of_text)] if end_of_text else []
-        encoded = [torch.tensor(encoding.ids + end) for encoding in tokenizer.encode_batch(documents)]
-        held_out = encoded[::VALIDATION_EVERY]
-        del encoded[::VALIDATION_EVERY]
-        partial = file.with_suffix(f".{os.getpid()}.partial")  # every process of a run may come here at once
-        torch.save(
-            {
-                "training": torch.cat(encoded).int(),
-                "validation": torch.cat(held_out).int(),
-                "vocabulary": tokenizer.get_vocab_size(),
-            },
-            partial,
-        )
-        partial.replace(file)  # an interrupted run leaves no half file
-    tokens = torch.load(file)
+    tokens = torch.load(tokenize(load_documents(text, dataset), model, vocabulary, cache))
     return (
         Blocks(tokens["training"], sequence_length),
         Blocks(tokens["validation"], sequence_length),

@@ -1,4 +1,7 @@
-"""The command ``normuon``. ``normuon plan`` prints the plan of a Hugging Face model from its config, without weights.
+"""The command ``normuon``.
+
+``normuon plan`` prints the plan of a Hugging Face model from its config, without weights. ``normuon diagnose`` makes a
+report of the optimizer state in a checkpoint.
 
 Only what was asked for goes to stdout; notes and errors, one sentence each, go to stderr. A wrong command line exits
 with 2, a model that cannot be built or a plan that is refused with 1.
@@ -9,9 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any, NoReturn
 
 from normuon_plugins.config_model import Refused, build_model
@@ -20,6 +25,10 @@ from normuon_plugins.core.parameter_plan import plan_parameters
 EXAMPLES = r"""examples:
   normuon plan meta-llama/Llama-3.1-8B
   normuon plan ./checkpoint --override '\.down_proj\.=adamw' --override 'fused_qkv=o=4096+1024+1024 i'
+"""
+DIAGNOSE_EXAMPLES = r"""examples:
+  normuon diagnose out/checkpoint-1000 --out report.html
+  normuon diagnose run/last.ckpt --match '\.(0|15|31)\.mlp\.' --out report.png
 """
 PLAN_OPTIONS = ("overrides", "split_fused", "per_head", "strict")
 
@@ -79,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     """Return the parser: one subparser per command, each with the function that runs it and returns its output."""
     parser = _Parser(prog="normuon", description="Tools of the NorMuon optimizer.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_plan(commands)
+    _add_diagnose(commands)
+    return parser
+
+
+def _add_plan(commands: Any) -> None:
     plan = commands.add_parser(
         "plan",
         help="print which parameters of a model go to NorMuon, and why",
@@ -122,7 +137,44 @@ def _parser() -> argparse.ArgumentParser:
         "--trust-remote-code", action="store_true", default=False, help="run the model code that comes with the config"
     )
     plan.add_argument("--revision", metavar="R", default=None, help="branch, tag or commit on the hub")
-    return parser
+
+
+def _add_diagnose(commands: Any) -> None:
+    diagnose = commands.add_parser(
+        "diagnose",
+        help="report what the optimizer state in a checkpoint says of the model's neurons",
+        description="Write a report of a checkpoint: singular values and neuron norms of the momentum, of Muon's"
+        " direction and of NorMuon's, for every hidden matrix. Needs neither the model nor a GPU.",
+        epilog=DIAGNOSE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    diagnose.set_defaults(run=_diagnose, parser=diagnose)
+    diagnose.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="file of torch.save, folder of torch.distributed.checkpoint, or checkpoint folder of the HF Trainer,"
+        " Accelerate or Lightning",
+    )
+    diagnose.add_argument(
+        "--out", type=Path, default=Path("report.html"), help="file to write: .html, .png or .json (report.html)"
+    )
+    diagnose.add_argument(
+        "--match", default="", metavar="REGEX", help="look only at parameters whose name has a match"
+    )
+    diagnose.add_argument(
+        "--per-parameter",
+        type=int,
+        default=None,
+        metavar="N",
+        help="of a parameter that holds several matrices (experts, heads), look at so many, evenly spaced",
+    )
+    diagnose.add_argument(
+        "--no-weights-only",
+        dest="weights_only",
+        action="store_false",
+        help="read a file that holds more than tensors and numbers: runs code that it may bring",
+    )
 
 
 def _plan(options: argparse.Namespace) -> str:
@@ -135,3 +187,28 @@ def _plan(options: argparse.Namespace) -> str:
     except ValueError as error:
         raise Refused(str(error)) from error
     return json.dumps(plan.to_dict(), indent=2) if options.json else str(plan)
+
+
+def _diagnose(options: argparse.Namespace) -> str:
+    """Write the report of ``normuon diagnose`` and return what it says in short."""
+    # here, since reading checkpoints takes a second to import
+    from normuon_plugins.diagnostics import read_checkpoint, write_report
+    from normuon_plugins.diagnostics.report import check_target, reading
+
+    chosen = {} if options.per_parameter is None else {"per_parameter": options.per_parameter}
+    try:
+        re.compile(options.match)
+        check_target(options.out)
+        diagnosis = read_checkpoint(
+            options.checkpoint, match=options.match, weights_only=options.weights_only, progress=_say, **chosen
+        )
+        written = write_report(diagnosis, options.out)
+    except (ValueError, OSError, ImportError, re.error) as error:
+        raise Refused(str(error)) from error
+    return "\n".join([*reading(diagnosis), f"wrote {written}"])
+
+
+def _say(name: str) -> None:
+    """Show what is being worked on, where somebody watches."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{name}", end="", file=sys.stderr, flush=True)

@@ -80,7 +80,10 @@ class StoredMatrix:
         return nesterov_update(piece, gradient, momentum=momentum) if self.group["nesterov"] else piece
 
     def write(self, field: int, cut: Cut, value: Tensor) -> None:
-        """Take a piece of the neuron state, or move: ``W <- (1 - lr * weight_decay) * W - lr * direction``."""
+        """Take a piece of the neuron state, or move: ``W <- (1 - lr * weight_decay) * W - lr * direction``.
+
+        With ``cautious_weight_decay`` the first factor is 1 where weight and direction differ in sign.
+        """
         if field == NEURONS:
             cut(self.second_momentum_buffer).copy_(value)
         elif self.compensation is None:
@@ -100,7 +103,12 @@ class StoredMatrix:
         lr, direction = self.group["lr"], value.to(weight.device)
         if weight.device.type == "cpu":  # whose loops over two dtypes are slow: 2.3 ms against 0.6 for 768 x 3072
             direction = direction.to(weight.dtype)
-        weight.mul_(1 - lr * self.group["weight_decay"])
+        decay = lr * self.group["weight_decay"]
+        if self.group["cautious_weight_decay"]:
+            # Where the step itself brings the weight nearer to zero: sign(direction) == sign(weight).
+            weight.sub_(weight * (direction * weight > 0) * decay)
+        else:
+            weight.mul_(1 - decay)
         if isinstance(lr, Tensor):  # reading its value would synchronize a GPU
             weight.sub_(direction.to(weight.dtype) * lr)
         else:

@@ -1,0 +1,97 @@
+"""What is compared: AdamW, and the hidden matrices on variants of NorMuon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from orthogonalizers.auon import cosh_rms_scaling
+from orthogonalizers.reg import row_and_column_scaling
+from settings import BETAS
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from normuon_plugins import build_normuon, plan_parameters
+
+ORTHOGONALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "reg": row_and_column_scaling,
+    "auon": cosh_rms_scaling,
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One optimizer of the comparison.
+
+    Attributes:
+        name: Unique, as printed.
+        options: Of NorMuon, where they differ from its defaults; None is AdamW on everything. ``orthogonalizer`` names
+            one of ``ORTHOGONALIZERS``.
+        unit: How a learning rate of this method compares with that of an update of RMS 0.2, as a function of the width:
+            where tuning begins.
+    """
+
+    name: str
+    options: dict[str, Any] | None = field(default_factory=dict)
+    unit: Callable[[int], float] = lambda width: 1.0
+
+
+def _original(width: int) -> float:
+    """Return the ratio of the two learning-rate conventions for square matrices: docs/learning_rate.md."""
+    return 0.23 * width**0.5
+
+
+def _unit_norm(width: int) -> float:
+    """Return what makes an RMS of 0.2 of a square matrix of norm 1."""
+    return 0.2 * width
+
+
+METHODS = (
+    Method("AdamW", None),
+    Method("Muon", {"normalize_neurons": False}),
+    Method("Muon, Nesterov", {"normalize_neurons": False, "nesterov": True}),
+    Method("NorMuon"),
+    Method("NorMuon, Nesterov", {"nesterov": True}),
+    Method("NorMuon, original scaling", {"adjust_lr_fn": "original"}, _original),
+    Method("NorMuon, Polar Express", {"ns_coefficients": "polar_express"}),
+    Method("NorMuon, cautious decay", {"cautious_weight_decay": True}),
+    Method("REG", {"normalize_neurons": False, "orthogonalizer": "reg"}),
+    Method("AuON", {"normalize_neurons": False, "orthogonalizer": "auon", "adjust_lr_fn": "original"}, _unit_norm),
+)
+
+
+def find_method(name: str) -> Method:
+    """Return the method called ``name``."""
+    return next(method for method in METHODS if method.name == name)
+
+
+def make_optimizer(
+    model: nn.Module, method: Method, *, lr: float, adamw_lr: float, weight_decay: float, **plan: Any
+) -> Optimizer:
+    """Return the optimizer of one run.
+
+    Under every method the same parameters take ``lr`` and ``weight_decay`` (the hidden matrices, by the plan), and all
+    others ``adamw_lr`` with the same betas and no decay; AdamW trains the hidden matrices with these betas, too.
+
+    Args:
+        model: What it trains.
+        method: One of ``METHODS``.
+        lr: Learning rate of the hidden matrices.
+        adamw_lr: Learning rate of everything else.
+        weight_decay: Of the hidden matrices.
+        **plan: Options of ``plan_parameters``, such as ``lora``.
+    """
+    if method.options is None:
+        hidden = {id(row.parameter) for row in plan_parameters(model) if row.algorithm == "normuon"}
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trained if id(p) in hidden], "lr": lr, "weight_decay": weight_decay},
+            {"params": [p for p in trained if id(p) not in hidden], "lr": adamw_lr, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW([group for group in groups if group["params"]], betas=BETAS, fused=True)
+    options = {key: value for key, value in method.options.items() if key != "orthogonalizer"}
+    if "orthogonalizer" in method.options:
+        options["orthogonalize_fn"] = ORTHOGONALIZERS[method.options["orthogonalizer"]]
+    return build_normuon(model, lr=lr, adamw_lr=adamw_lr, weight_decay=weight_decay, **options, **plan)

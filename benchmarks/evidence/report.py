@@ -1,0 +1,234 @@
+"""Tables, plots and files of a comparison."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from compare_optimizers import steps_to_reach
+from evidence.intervals import Interval, confidence, holm, paired_p, prediction
+from evidence.timing import step_ratios
+from rich.console import Console
+
+# Against whom differences are given, where they take part.
+REFERENCES = ("AdamW", "Muon", "NorMuon")
+# Seeds of a rerun for which the prediction interval is given.
+FRESH_SEEDS = 5
+TUNED = ("lr", "adamw_lr", "weight_decay")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a run of the benchmark found.
+
+    Attributes:
+        command: That made it.
+        text: As given on the command line.
+        size: Name of the model.
+        base: The run that all others differ from.
+        seeds: Of the runs at the optimum.
+        machine: Where.
+        methods: For each, ``settings``, ``tried`` (the tuning runs) and ``curves`` (losses by step, by seed).
+        seconds: See ``time_steps``; None if not measured.
+    """
+
+    command: str
+    text: str
+    size: str
+    base: dict[str, Any]
+    seeds: Sequence[int]
+    machine: dict[str, Any]
+    methods: dict[str, Any]
+    seconds: dict[str, Any] | None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a run."""
+        return int(self.base["steps"])
+
+    def finals(self, name: str) -> list[float]:
+        """Return the final validation loss of every seed."""
+        return [curve[str(self.steps)] for curve in self.methods[name]["curves"]]
+
+    def differences(self, name: str, reference: str) -> list[float]:
+        """Return how much higher the final loss is than that of ``reference``, seed by seed."""
+        return [a - b for a, b in zip(self.finals(name), self.finals(reference), strict=True)]
+
+    def saved_steps(self, name: str) -> list[float | None]:
+        """Return the share of steps to AdamW's final loss, less one, by seed; None where it was not reached."""
+        shares = []
+        for curve, target in zip(self.methods[name]["curves"], self.finals("AdamW"), strict=True):
+            reached = steps_to_reach({int(step): loss for step, loss in curve.items()}, target)
+            shares.append(None if reached is None else reached / self.steps - 1)
+        return shares
+
+
+def summarize(comparison: Comparison) -> dict[str, Any]:
+    """Return the numbers of the tables: by method, and the paired differences by reference."""
+    ratios = step_ratios(comparison.seconds, "AdamW") if comparison.seconds and "AdamW" in comparison.seconds else {}
+    rows = {}
+    for name, found in comparison.methods.items():
+        finals = comparison.finals(name)
+        row: dict[str, Any] = {"settings": found["settings"], "loss": confidence(finals), "losses": finals}
+        row["loss_of_new_seeds"] = prediction(finals, FRESH_SEEDS)
+        if "AdamW" in comparison.methods:
+            saved = comparison.saved_steps(name)
+            row["reached"] = sum(share is not None for share in saved)
+            row["saved_steps"] = confidence([share for share in saved if share is not None]) if row["reached"] == len(
+                saved
+            ) else None
+        row["step_ratio"] = ratios.get(name)
+        rows[name] = row
+    return {"methods": rows, "differences": _all_differences(comparison)}
+
+
+def _all_differences(comparison: Comparison) -> dict[str, Any]:
+    """Return for each reference and each other method: the paired difference, its test, and what to expect elsewhere."""
+    found: dict[str, Any] = {}
+    for reference in REFERENCES:
+        others = [name for name in comparison.methods if name != reference]
+        if reference not in comparison.methods or not others:
+            continue
+        tests = [paired_p(comparison.finals(name), comparison.finals(reference)) for name in others]
+        found[reference] = {}
+        for name, p, adjusted in zip(others, tests, holm(tests), strict=True):
+            differences = comparison.differences(name, reference)
+            found[reference][name] = {
+                "difference": confidence(differences),
+                "of_new_seeds": prediction(differences, FRESH_SEEDS),
+                "better": sum(difference < 0 for difference in differences),
+                "p": p,
+                "p_holm": adjusted,
+            }
+    return found
+
+
+def markdown(comparison: Comparison, summary: dict[str, Any]) -> str:
+    """Return the tables as Markdown."""
+    seeds = len(comparison.seeds)
+    lines = [
+        f"{comparison.size}, text: {comparison.text}, {comparison.steps} steps, {seeds} seeds."
+        f" Brackets: 95 % intervals over seeds.",
+        "",
+        "| method | lr | adamw_lr | weight decay | tuning runs | validation loss | steps to AdamW's final loss |"
+        " time of a step | time to that loss |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in summary["methods"].items():
+        settings = row["settings"]
+        saved, ratio = row.get("saved_steps"), row["step_ratio"]
+        if name == "AdamW":
+            share = "0 %"
+        elif saved is None:
+            share = f"reached by {row.get('reached', 0)} of {seeds}"
+        else:
+            share = f"{saved.shown(1, 100, '+')} %"
+        together = f"{(1 + saved.mean) * ratio:.2f}" if saved is not None and ratio else ""
+        lines.append(
+            f"| {name} | {settings['lr']:g} | {settings['adamw_lr']:g} | {settings['weight_decay']:g} |"
+            f" {settings['runs']} | {row['loss'].shown()} | {share} | {f'{ratio:.2f}' if ratio else ''} | {together} |"
+        )
+    for reference, others in summary["differences"].items():
+        lines += [
+            "",
+            f"| loss minus {reference}'s, seed by seed | mean | of five new seeds | better in | p | p, Holm |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
+        for name, row in others.items():
+            expected: Interval = row["of_new_seeds"]
+            lines.append(
+                f"| {name} | {row['difference'].shown(4, 1, '+')} | {expected.low:+.4f} to {expected.high:+.4f} |"
+                f" {row['better']} of {seeds} | {row['p']:.2g} | {row['p_holm']:.2g} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def draw_curves(comparison: Comparison, file: Path) -> None:
+    """Draw the mean loss by step with its interval: all of the run, and how far from AdamW at its end."""
+    figure, (curves, ends) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    for index, name in enumerate(comparison.methods):
+        steps = [int(step) for step in comparison.methods[name]["curves"][0]]
+        bands = [
+            confidence([curve[str(step)] for curve in comparison.methods[name]["curves"]]) for step in steps
+        ]
+        color, style = f"C{index % 10}", "--" if name == "AdamW" else "-"
+        curves.plot(steps, [band.mean for band in bands], style, color=color, label=name, linewidth=1.2)
+        curves.fill_between(steps, [band.low for band in bands], [band.high for band in bands], color=color, alpha=0.15)
+    curves.set_xlabel("optimizer step")
+    curves.set_ylabel("validation loss (nats per token)")
+    curves.legend(fontsize="small")
+    names = list(comparison.methods)[::-1]
+    means = [confidence(comparison.finals(name)) for name in names]
+    errors = [[mean.mean - mean.low for mean in means], [mean.high - mean.mean for mean in means]]
+    colors = [f"C{list(comparison.methods).index(name) % 10}" for name in names]
+    ends.errorbar([mean.mean for mean in means], range(len(names)), xerr=errors, fmt="none", ecolor=colors, capsize=3)
+    ends.scatter([mean.mean for mean in means], range(len(names)), color=colors, zorder=3)
+    ends.set_yticks(range(len(names)), names)
+    ends.set_xlabel("final validation loss, mean and 95 % interval")
+    figure.suptitle(f"{comparison.size}, text: {comparison.text}, {len(comparison.seeds)} seeds, rates tuned for each")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def draw_grids(comparison: Comparison, file: Path) -> None:
+    """Draw, for every method and knob, the best loss that was found at each of its values."""
+    names = [name for name, found in comparison.methods.items() if found["tried"]]
+    figure, rows = plt.subplots(
+        1, len(TUNED), figsize=(13, 4.5), sharey=True, layout="constrained", squeeze=False
+    )
+    for knob, axes in zip(TUNED, rows[0], strict=True):
+        for name in names:
+            best: dict[float, float] = {}
+            for run in comparison.methods[name]["tried"]:
+                best[run[knob]] = min(best.get(run[knob], math.inf), run["loss"])
+            values = sorted(best)
+            index = list(comparison.methods).index(name)
+            axes.plot(values, [best[value] for value in values], marker=".", color=f"C{index % 10}", label=name)
+        axes.set_xscale("log" if knob != "weight_decay" else "linear")
+        axes.set_xlabel(knob)
+    floor = min(run["loss"] for name in names for run in comparison.methods[name]["tried"])
+    rows[0][0].set_ylim(floor - 0.03, floor + 0.7)
+    rows[0][0].set_ylabel("final validation loss, best of the other knobs")
+    rows[0][-1].legend(fontsize="x-small")
+    figure.suptitle(f"Tuning runs, {comparison.size}, text: {comparison.text}, one seed")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def write_report(comparison: Comparison, folder: Path, console: Console) -> list[Path]:
+    """Print the tables; write them with all numbers, the plots, and the tuned rates; return the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = summarize(comparison)
+    tables = markdown(comparison, summary)
+    console.print(tables, markup=False, soft_wrap=True)
+    stem = f"convergence-{comparison.size}-{_file_word(comparison.text)}"
+    files = [folder / f"{stem}{suffix}" for suffix in (".md", ".json", ".png")]
+    files[0].write_text(tables)
+    files[1].write_text(json.dumps({**asdict(comparison), "summary": summary}, indent=1))
+    draw_curves(comparison, files[2])
+    if any(found["tried"] for found in comparison.methods.values()):
+        files += [folder / f"grid-{comparison.size}-{_file_word(comparison.text)}.png", folder / f"tuned-{comparison.size}.json"]
+        draw_grids(comparison, files[3])
+        rates = {name: found["settings"] for name, found in comparison.methods.items()}
+        record = {"size": comparison.size, "text": comparison.text, "steps": comparison.steps, "methods": rates}
+        files[4].write_text(json.dumps(record, indent=1) + "\n")
+    return files
+
+
+def _file_word(text: str) -> str:
+    """Return a name for files from the words of ``--text``."""
+    return "-".join(Path(word).stem for word in text.split())[:40] or "text"
+
+
+def median_loss(losses: Sequence[float]) -> float:
+    """Return the median, for a summary by one number."""
+    return statistics.median(losses)

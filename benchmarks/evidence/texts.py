@@ -1,0 +1,72 @@
+"""Texts of several kinds that a machine with Python and torch has already."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from corpus import load_documents, read_documents, standard_library, tokenize
+
+SYSTEM_DOCUMENTATION = (Path("/usr/share/doc"), Path("/usr/share/common-licenses"))
+# Enough for every run, and tokenized in seconds.
+LARGEST_TEXT = 24_000_000
+
+
+def _documentation() -> Iterator[str]:
+    """Yield what packages say of themselves, and licences: English, each paragraph once.
+
+    The same licence lies on a machine a hundred times; repeated, it would be in the training and in the held-out text.
+    """
+    packages = Path(sysconfig.get_path("purelib"))
+    files = [*packages.glob("*.dist-info/METADATA"), *packages.glob("*.dist-info/**/LICEN*")]
+    for folder in SYSTEM_DOCUMENTATION:
+        files += [file for file in folder.rglob("*") if file.suffix in {".txt", ".md", ".rst", ""}]
+    seen: set[str] = set()
+    for file in sorted(files):
+        if not file.is_file():
+            continue
+        paragraphs = file.read_text(encoding="utf-8", errors="replace").split("\n\n")
+        fresh = [paragraph for paragraph in paragraphs if paragraph.strip() and paragraph.strip() not in seen]
+        seen.update(paragraph.strip() for paragraph in fresh)
+        if fresh:
+            yield "\n\n".join(fresh)
+
+
+def _headers() -> Iterator[str]:
+    """Yield torch's C++ headers."""
+    for file in sorted((Path(torch.__file__).parent / "include").rglob("*.h")):
+        yield file.read_text(encoding="utf-8", errors="replace")
+
+
+NAMED = {
+    "python": lambda: read_documents([standard_library()]),
+    "documentation": _documentation,
+    "headers": _headers,
+}
+
+
+def read_text(words: list[str]) -> list[str]:
+    """Return the documents of ``--text``: one of ``NAMED``, or files and folders, cut to ``LARGEST_TEXT`` characters.
+
+    Raises:
+        FileNotFoundError: If a word is neither.
+        ValueError: If there are too few documents to hold some out.
+    """
+    if len(words) == 1 and words[0] in NAMED:
+        documents: Iterable[str] = (document for document in NAMED[words[0]]() if document.strip())
+    else:
+        documents = load_documents([Path(word) for word in words], None)
+    return _evenly(list(documents))
+
+
+def _evenly(documents: list[str]) -> list[str]:
+    """Return every k-th document, for the smallest k that makes the text small enough."""
+    every = max(1, -(-sum(map(len, documents)) // LARGEST_TEXT))
+    return documents[::every]
+
+
+def tokenized(words: list[str], vocabulary: int, cache: Path) -> Path:
+    """Return the file of tokens of a text, with a tokenizer of its own."""
+    return tokenize(read_text(words), None, vocabulary, cache)

@@ -1,0 +1,187 @@
+"""From a live optimizer, on any mesh: once, or at every k-th step."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
+
+from normuon_plugins.core.group_options import parameter_name
+from normuon_plugins.core.layout import parse_layout
+from normuon_plugins.core.momentum import stored_momentum
+from normuon_plugins.core.optimizer import NorMuon
+from normuon_plugins.diagnostics.report import check_target, write_report
+from normuon_plugins.diagnostics.spectra import PER_PARAMETER, Diagnosis, MatrixDiagnosis, diagnose_parameter
+from normuon_plugins.distributed.placement import compute_device, local, locate, my_rank
+
+NESTEROV_NOTE = (
+    "The steps look ahead with the last gradient (nesterov=True), which is not kept: momentum stands for what was"
+    " orthogonalized."
+)
+
+
+@torch.no_grad()
+def diagnose(optimizer: Any, *, match: str = "", per_parameter: int = PER_PARAMETER) -> Diagnosis:
+    """Return singular values and neuron norms of the last step's momentum and directions.
+
+    Under a process group every rank calls this, with the same arguments, and gets the same result: a sharded matrix is
+    gathered whole, one at a time, and the ranks that hold it divide the decompositions among them. A decomposition
+    of a 4096 x 4096 matrix takes a CPU most of a minute: give ``match`` for a large model.
+
+    Args:
+        optimizer: A ``NorMuon``, or a framework's wrapper of one (``.optimizer``). Not modified.
+        match: Regular expression; only parameters with a match in their name are looked at.
+        per_parameter: At most so many matrices of a parameter that holds several (experts, heads), evenly spaced.
+
+    Raises:
+        TypeError: If there is no NorMuon in ``optimizer``.
+        ValueError: If no matrix parameter has state (no step was taken), or ``match`` names none.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.eye(3))
+        >>> optimizer = NorMuon([("weight", weight)])
+        >>> (weight * torch.diag(torch.tensor([3.0, 2.0, 1.0]))).sum().backward()
+        >>> optimizer.step()
+        >>> round(diagnose(optimizer).matrices[0].stages["momentum"].condition_number, 4)
+        3.0
+    """
+    inner = unwrap(optimizer)
+    found: list[tuple[int, MatrixDiagnosis]] = []
+    number = 0
+    for group in inner.param_groups:
+        for index, parameter in enumerate(group["params"]):
+            name = parameter_name(group, index)
+            # membership first: reading a missing key would leave an empty entry in the state
+            stepped = group["algorithm"] == "normuon" and parameter in inner.state
+            if not (stepped and re.search(match, name)):
+                continue
+            ranks = _ranks(parameter, inner)
+            mine = my_rank() == ranks[number % len(ranks)]
+            number += 1
+            momentum = _whole_momentum(inner.state[parameter], group)
+            neurons = _whole(inner.state[parameter]["second_momentum_buffer"])
+            if mine:
+                function = inner.defaults["orthogonalize_fn"]
+                options = {"orthogonalize_fn": function, "per_parameter": per_parameter}
+                matrices = diagnose_parameter(name, momentum, neurons, group, **options)
+                found += [(number, matrix) for matrix in matrices]
+    every = _gather(found)
+    if not every:
+        raise ValueError(
+            f"no matrix parameter has a match of {match!r} in its name and state: take a step first."
+            if match
+            else "no matrix parameter has state yet: take a step first."
+        )
+    uses_nesterov = any(group.get("nesterov") for group in inner.param_groups)
+    return Diagnosis("a live optimizer", every, (NESTEROV_NOTE,) if uses_nesterov else ())
+
+
+def watch(
+    optimizer: Any,
+    *,
+    every: int,
+    folder: str | Path = "diagnostics",
+    first_step: int = 0,
+    match: str = "",
+    per_parameter: int = PER_PARAMETER,
+    suffix: str = ".html",
+) -> RemovableHandle:
+    """Write a report of every ``every``-th step to ``folder``, as ``step-000100.html`` and so on.
+
+    Works in every framework, since it hangs on the optimizer itself. Every rank calls this; rank 0 writes.
+
+    Args:
+        optimizer: As in ``diagnose``.
+        every: Steps between reports.
+        folder: Created when the first report is written.
+        first_step: Steps that were taken before, in a resumed run.
+        match: As in ``diagnose``.
+        per_parameter: As in ``diagnose``.
+        suffix: ``".html"``, ``".png"`` or ``".json"``.
+
+    Returns:
+        A handle whose ``remove()`` ends the reports.
+
+    Raises:
+        TypeError: If there is no NorMuon in ``optimizer``.
+        ValueError: If ``every`` is less than 1, or ``suffix`` not known.
+        ImportError: If matplotlib is missing.
+    """
+    if every < 1:
+        raise ValueError(f"every={every} must be at least 1 step.")
+    check_target(Path("step").with_suffix(suffix))
+    taken = first_step
+
+    def report(stepped: Any, args: Any, kwargs: Any) -> None:
+        nonlocal taken
+        taken += 1
+        if taken % every == 0:
+            diagnosis = diagnose(stepped, match=match, per_parameter=per_parameter)
+            if my_rank() == 0:
+                write_report(diagnosis, Path(folder) / f"step-{taken:06d}{suffix}", title=f"Step {taken}")
+
+    return unwrap(optimizer).register_step_post_hook(report)
+
+
+def unwrap(optimizer: Any) -> NorMuon:
+    """Return the NorMuon inside the wrappers of a framework, which keep it as ``.optimizer``.
+
+    Raises:
+        TypeError: If there is none.
+    """
+    inner = optimizer
+    while hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    if not isinstance(inner, NorMuon):
+        raise TypeError(f"diagnostics look at a NorMuon; this is a {type(inner).__name__}.")
+    return inner
+
+
+def _ranks(parameter: Tensor, optimizer: NorMuon) -> tuple[int, ...]:
+    """Return the ranks that hold a parameter and may each diagnose a part; this one alone for a plain tensor.
+
+    Plain parameters that are equal on the ranks of a process group (DDP) are known by that option.
+    """
+    group = optimizer.defaults["process_group"]
+    if not isinstance(parameter, DTensor) and group is not None:
+        return tuple(sorted(dist.get_process_group_ranks(group)))
+    return locate(parameter).ranks
+
+
+def _whole_momentum(state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+    """Return the momentum of a whole parameter in floating point."""
+    buffer = state["momentum_buffer"]
+    if buffer.is_floating_point():
+        return _whole(buffer)
+    blocks = {key: local(state[key]) for key in ("momentum_buffer", "momentum_scale")}
+    decoded = stored_momentum(blocks, parse_layout(group["layout"])).load(torch.float32)
+    if isinstance(buffer, DTensor):
+        place = {"shape": buffer.shape, "stride": buffer.stride(), "run_check": False}
+        return _whole(DTensor.from_local(decoded, buffer.device_mesh, buffer.placements, **place))
+    return decoded
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor on every rank that holds a part of it, which all call this."""
+    if isinstance(tensor, DTensor):
+        whole: Tensor = tensor.to(compute_device(tensor)).full_tensor()
+        return whole
+    return tensor
+
+
+def _gather(found: list[tuple[int, MatrixDiagnosis]]) -> list[MatrixDiagnosis]:
+    """Return what all ranks found, each matrix once, in the order of the parameters' numbers."""
+    lists = [found]
+    if dist.is_available() and dist.is_initialized():
+        lists = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(lists, found)
+    merged: dict[str, MatrixDiagnosis] = {}
+    for _, matrix in sorted((entry for rank in lists for entry in rank), key=lambda entry: entry[0]):
+        merged.setdefault(matrix.name, matrix)
+    return list(merged.values())

@@ -1,0 +1,245 @@
+"""The numbers: singular values and neuron norms of one matrix at each stage of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normuon_plugins.core.group_options import NS_DTYPES
+from normuon_plugins.core.layout import Layout, parse_layout
+from normuon_plugins.core.orthogonalize import orthogonalize
+from normuon_plugins.core.update_rules import normuon_direction
+
+# The three stages of a step, as the paper's Figure 1 compares them.
+STAGES = ("momentum", "muon", "normuon")
+# A neuron is dead below this share of the root mean square of its matrix's neuron norms, and dominant above that
+# multiple. Ours: a hundredth moves a weight a hundred times slower than its neighbours.
+DEAD, DOMINANT = 0.01, 3.0
+# Below this share of the largest, a singular value found in float32 is rounding: it counts as zero for the rank.
+RANK_TOLERANCE = 1e-6
+# Independent matrices of one parameter (experts, heads) that are looked at, unless the caller says otherwise.
+PER_PARAMETER = 4
+
+Orthogonalize = Callable[[Tensor], Tensor]
+# [start, stop) ranges for every dimension, see Layout.block_boxes.
+Box = tuple[tuple[tuple[int, int], ...], ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A matrix at one stage.
+
+    Attributes:
+        singular_values: Descending, shape ``(min(rows, cols),)``, float32.
+        neuron_norms: Euclidean norm of each row, shape ``(rows,)``, float32.
+    """
+
+    singular_values: Tensor
+    neuron_norms: Tensor
+
+    @property
+    def condition_number(self) -> float:
+        """Largest over smallest singular value; infinite where the smallest is zero to rounding."""
+        largest, smallest = float(self.singular_values[0]), float(self.singular_values[-1])
+        return largest / smallest if smallest > RANK_TOLERANCE * largest else math.inf
+
+    @property
+    def rank(self) -> int:
+        """How many singular values are more than rounding."""
+        return int((self.singular_values > RANK_TOLERANCE * self.singular_values[0]).sum())
+
+    @property
+    def stable_rank(self) -> float:
+        """Sum of squared singular values over the largest squared: how many directions carry the update."""
+        return float((self.singular_values / self.singular_values[0]).square().sum())
+
+    @property
+    def neuron_spread(self) -> float:
+        """Standard deviation over mean of the neuron norms."""
+        return float(self.neuron_norms.std(correction=0) / self.neuron_norms.mean())
+
+    @property
+    def dead(self) -> int:
+        """Neurons whose norm is below ``DEAD`` times the root mean square of all."""
+        return int((self.neuron_norms < DEAD * self._typical).sum())
+
+    @property
+    def dominant(self) -> int:
+        """Neurons whose norm is above ``DOMINANT`` times the root mean square of all."""
+        return int((self.neuron_norms > DOMINANT * self._typical).sum())
+
+    @property
+    def _typical(self) -> Tensor:
+        return self.neuron_norms.square().mean().sqrt()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the numbers that the tables show, without the distributions."""
+        names = ("condition_number", "rank", "stable_rank", "neuron_spread", "dead", "dominant")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class MatrixDiagnosis:
+    """One matrix.
+
+    Attributes:
+        name: FQN of its parameter; ``[block 1]`` and ``[matrix 3]`` where that holds several.
+        shape: Neurons and inputs.
+        stages: ``momentum``, ``muon`` and ``normuon`` in this order; without ``normuon`` where the neuron step is off,
+            without any where momentum is zero or not finite.
+        trouble: Why there is no stage; else empty.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    stages: Mapping[str, Stage]
+    trouble: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return names and numbers, without the distributions."""
+        stages = {name: stage.to_dict() for name, stage in self.stages.items()}
+        return {"name": self.name, "shape": list(self.shape), "trouble": self.trouble, **stages}
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The matrices of a model at one moment.
+
+    Attributes:
+        source: Where they came from, in words.
+        matrices: In the order of the optimizer's groups.
+        notes: What a reader of the numbers should know, in sentences.
+    """
+
+    source: str
+    matrices: Sequence[MatrixDiagnosis]
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all numbers of the tables, for machines; infinite condition numbers are None."""
+        found = {
+            "source": self.source,
+            "notes": list(self.notes),
+            "matrices": [matrix.to_dict() for matrix in self.matrices],
+        }
+        for matrix in found["matrices"]:
+            for stage in STAGES:
+                if stage in matrix and math.isinf(matrix[stage]["condition_number"]):
+                    matrix[stage]["condition_number"] = None
+        return found
+
+
+def newton_schulz_of(group: Mapping[str, Any]) -> Orthogonalize:
+    """Return the orthogonalization that a group's options describe."""
+    dtype = None if group.get("ns_dtype") is None else NS_DTYPES[str(group["ns_dtype"]).removeprefix("torch.")]
+    coefficients, steps = group["ns_coefficients"], group["ns_steps"]
+    return lambda update: orthogonalize(update, ns_coefficients=coefficients, ns_steps=steps, ns_dtype=dtype)
+
+
+def diagnose_parameter(
+    name: str,
+    momentum: Tensor,
+    second_momentum: Tensor,
+    group: Mapping[str, Any],
+    *,
+    orthogonalize_fn: Orthogonalize | None = None,
+    per_parameter: int = PER_PARAMETER,
+) -> Iterator[MatrixDiagnosis]:
+    """Yield the matrices of one parameter, evenly spaced where it holds more than ``per_parameter``.
+
+    What is looked at is the last step: it orthogonalized this momentum, and its neuron step ended with this
+    ``second_momentum``, which is not advanced again. With ``nesterov=True`` the step looked ahead with a gradient that
+    nobody keeps, and momentum stands for it.
+
+    Args:
+        name: FQN.
+        momentum: Whole, shape of the parameter, floating point. Not modified.
+        second_momentum: Whole, with 1 for every input dimension. Not modified.
+        group: Its options; ``layout`` says what its matrices are.
+        orthogonalize_fn: In place of Newton-Schulz.
+        per_parameter: At most so many matrices.
+    """
+    layout = parse_layout(group["layout"])
+    shape, neuron_shape = tuple(momentum.shape), layout.neuron_state_shape(momentum.shape)
+    blocks = zip(layout.block_boxes(shape), layout.block_boxes(neuron_shape), layout.matrix_shapes(shape), strict=True)
+    stacks = [
+        (_stack(momentum, box, layout, (*sizes, cols)), _stack(second_momentum, neuron_box, layout, (*sizes, 1)))
+        for box, neuron_box, (*sizes, cols) in blocks
+    ]
+    places = [(block, index) for block, (matrices, _) in enumerate(stacks) for index in range(len(matrices))]
+    several_blocks, several = len(stacks) > 1, any(len(matrices) > 1 for matrices, _ in stacks)
+    for block, index in _evenly(places, per_parameter):
+        label = name + (f" [block {block}]" if several_blocks else "") + (f" [matrix {index}]" if several else "")
+        matrices, neurons = stacks[block]
+        yield diagnose_matrix(label, matrices[index], neurons[index], group, orthogonalize_fn)
+
+
+def diagnose_matrix(
+    name: str,
+    momentum: Tensor,
+    second_momentum: Tensor,
+    group: Mapping[str, Any],
+    orthogonalize_fn: Orthogonalize | None = None,
+) -> MatrixDiagnosis:
+    """Return what each stage of the step does to one matrix.
+
+    Args:
+        name: For the report.
+        momentum: Shape ``(rows, cols)``.
+        second_momentum: Shape ``(rows, 1)``.
+        group: Options.
+        orthogonalize_fn: In place of Newton-Schulz.
+    """
+    rows, cols = momentum.shape
+    momentum = momentum.float()
+    if not bool(torch.isfinite(momentum).all()):
+        return MatrixDiagnosis(name, (rows, cols), {}, "momentum holds NaN or infinity")
+    if not bool(momentum.any()):
+        return MatrixDiagnosis(name, (rows, cols), {}, "momentum is zero: this matrix never had a gradient")
+    # As optimizers hand it over: without this, gradients of 1e-30 would be squared to zero.
+    momentum = momentum / momentum.abs().max()
+    function = orthogonalize_fn or newton_schulz_of(group)
+    options = {key: group[key] for key in ("eps", "adjust_lr_fn")}
+    stages = {"momentum": _stage(momentum)}
+    for stage, normalize in (("muon", False), ("normuon", group["normalize_neurons"])):
+        if stage == "normuon" and not (normalize and bool(second_momentum.any())):
+            continue
+        # beta2=1 leaves the second moment as the last step left it
+        found = normuon_direction(
+            momentum[None].clone(),
+            second_momentum[None].float().clone(),
+            orthogonalize=function,
+            normalize=normalize,
+            beta2=1.0,
+            **options,
+        )
+        stages[stage] = _stage(found.direction[0].float())
+    return MatrixDiagnosis(name, (rows, cols), stages)
+
+
+def _stage(matrix: Tensor) -> Stage:
+    return Stage(torch.linalg.svdvals(matrix).cpu(), torch.linalg.vector_norm(matrix, dim=1).cpu())
+
+
+def _stack(tensor: Tensor, box: Box, layout: Layout, sizes: tuple[int, ...]) -> Tensor:
+    """Return one fused block of a whole tensor as a batch of matrices, shape ``sizes``."""
+    for dim, intervals in enumerate(box):
+        if intervals != ((0, tensor.shape[dim]),):
+            tensor = torch.cat([tensor.narrow(dim, start, stop - start) for start, stop in intervals], dim)
+    matrices = tensor.new_empty(sizes)
+    layout.storage_view(matrices, tensor.shape).copy_(tensor)
+    return matrices
+
+
+def _evenly(places: Sequence[tuple[int, int]], most: int) -> list[tuple[int, int]]:
+    """Return at most ``most`` of ``places``, the first and the last among them."""
+    if len(places) <= most:
+        return list(places)
+    if most == 1:
+        return [places[0]]
+    return [places[round(number * (len(places) - 1) / (most - 1))] for number in range(most)]
