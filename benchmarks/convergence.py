@@ -130,7 +130,9 @@ def compare(method: Method, base: Run, seeds: Sequence[int], ledger: Ledger, set
 def base_run(size: Size, text: Path) -> Run:
     """Return what all runs have in common; the method and its rates stand open."""
     precision = "bfloat16" if bf16_is_fast() else "float32"
-    return Run(text.name, **asdict(size), method="", lr=0, adamw_lr=0, weight_decay=0, seed=TUNING_SEED, precision=precision)
+    return Run(
+        text.name, **asdict(size), method="", lr=0, adamw_lr=0, weight_decay=0, seed=TUNING_SEED, precision=precision
+    )
 
 
 def main() -> None:

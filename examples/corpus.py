@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -95,36 +96,40 @@ def train_tokenizer(documents: list[str], vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
-def tokenize(documents: list[str], model: str | None, vocabulary: int, cache: Path) -> Path:
-    """Return the file of the tokens of ``documents``, written unless it is there; its name is that of their content.
-
-    It holds ``training`` and ``validation`` (int32, one dimension), and the size of the ``vocabulary``.
-    """
-    digest = hashlib.sha256(json.dumps([documents, model, vocabulary]).encode()).hexdigest()[:16]
-    file = cache / f"tokens-{digest}.pt"
-    if file.exists():
-        return file
-    cache.mkdir(parents=True, exist_ok=True)
-    if model:
-        pretrained = AutoTokenizer.from_pretrained(model)
-        tokenizer, end_of_text = pretrained.backend_tokenizer, pretrained.eos_token
-    else:
-        tokenizer, end_of_text = train_tokenizer(documents, vocabulary), END_OF_TEXT
+def encode(documents: list[str], tokenizer: Tokenizer, end_of_text: str | None) -> dict[str, Any]:
+    """Return ``training`` and ``validation`` tokens (int32, one dimension), and the size of the ``vocabulary``."""
     end = [tokenizer.token_to_id(end_of_text)] if end_of_text else []
     encoded = [torch.tensor(encoding.ids + end) for encoding in tokenizer.encode_batch(documents)]
     held_out = encoded[::VALIDATION_EVERY]
     del encoded[::VALIDATION_EVERY]
-    partial = file.with_suffix(f".{os.getpid()}.partial")  # every process of a run may come here at once
-    torch.save(
-        {
-            "training": torch.cat(encoded).int(),
-            "validation": torch.cat(held_out).int(),
-            "vocabulary": tokenizer.get_vocab_size(),
-        },
-        partial,
-    )
-    partial.replace(file)  # an interrupted run leaves no half file
+    return {
+        "training": torch.cat(encoded).int(),
+        "validation": torch.cat(held_out).int(),
+        "vocabulary": tokenizer.get_vocab_size(),
+    }
+
+
+def cached(cache: Path, key: list[Any], make: Callable[[], dict[str, Any]]) -> Path:
+    """Return the file of tokens that ``make`` makes of what is in ``key``, written unless it is there."""
+    file = cache / f"tokens-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.pt"
+    if not file.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.partial")  # every process of a run may come here at once
+        torch.save(make(), partial)
+        partial.replace(file)  # an interrupted run leaves no half file
     return file
+
+
+def tokenize(documents: list[str], model: str | None, vocabulary: int, cache: Path) -> Path:
+    """Return the file of the tokens of ``documents``, by the tokenizer of ``model`` or one trained on them."""
+
+    def make() -> dict[str, Any]:
+        if model:
+            pretrained = AutoTokenizer.from_pretrained(model)
+            return encode(documents, pretrained.backend_tokenizer, pretrained.eos_token)
+        return encode(documents, train_tokenizer(documents, vocabulary), END_OF_TEXT)
+
+    return cached(cache, [documents, model, vocabulary], make)
 
 
 def load_corpus(

@@ -159,9 +159,7 @@ def _add_diagnose(commands: Any) -> None:
     diagnose.add_argument(
         "--out", type=Path, default=Path("report.html"), help="file to write: .html, .png or .json (report.html)"
     )
-    diagnose.add_argument(
-        "--match", default="", metavar="REGEX", help="look only at parameters whose name has a match"
-    )
+    diagnose.add_argument("--match", default="", metavar="REGEX", help="look only at parameters whose name has a match")
     diagnose.add_argument(
         "--per-parameter",
         type=int,

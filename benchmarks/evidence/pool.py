@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from evidence.ledger import Ledger
 from tqdm import tqdm
+
+from evidence.ledger import Ledger
 
 Result = TypeVar("Result")
 # Yields runs that it needs; all of them are in the ledger when it goes on.
@@ -44,7 +45,7 @@ class Pool:
             expected: Runs to expect, for the bar.
         """
         results: dict[int, Result] = {}
-        waiting: dict[int, list[Any]] = dict.fromkeys(range(len(tasks)), [])
+        waiting: dict[int, list[Any]] = {index: [] for index in range(len(tasks))}
         with tqdm(total=expected, desc=description, smoothing=0) as bar:
             try:
                 while waiting:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +14,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from compare_optimizers import steps_to_reach
+from rich.console import Console
+
 from evidence.intervals import Interval, confidence, holm, paired_p, prediction
 from evidence.timing import step_ratios
-from rich.console import Console
 
 # Against whom differences are given, where they take part.
 REFERENCES = ("AdamW", "Muon", "NorMuon")
@@ -83,16 +83,16 @@ def summarize(comparison: Comparison) -> dict[str, Any]:
         if "AdamW" in comparison.methods:
             saved = comparison.saved_steps(name)
             row["reached"] = sum(share is not None for share in saved)
-            row["saved_steps"] = confidence([share for share in saved if share is not None]) if row["reached"] == len(
-                saved
-            ) else None
+            row["saved_steps"] = (
+                confidence([share for share in saved if share is not None]) if row["reached"] == len(saved) else None
+            )
         row["step_ratio"] = ratios.get(name)
         rows[name] = row
     return {"methods": rows, "differences": _all_differences(comparison)}
 
 
 def _all_differences(comparison: Comparison) -> dict[str, Any]:
-    """Return for each reference and each other method: the paired difference, its test, and what to expect elsewhere."""
+    """Return the paired difference of every method from each reference, its test, and what new seeds would show."""
     found: dict[str, Any] = {}
     for reference in REFERENCES:
         others = [name for name in comparison.methods if name != reference]
@@ -157,9 +157,7 @@ def draw_curves(comparison: Comparison, file: Path) -> None:
     figure, (curves, ends) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
     for index, name in enumerate(comparison.methods):
         steps = [int(step) for step in comparison.methods[name]["curves"][0]]
-        bands = [
-            confidence([curve[str(step)] for curve in comparison.methods[name]["curves"]]) for step in steps
-        ]
+        bands = [confidence([curve[str(step)] for curve in comparison.methods[name]["curves"]]) for step in steps]
         color, style = f"C{index % 10}", "--" if name == "AdamW" else "-"
         curves.plot(steps, [band.mean for band in bands], style, color=color, label=name, linewidth=1.2)
         curves.fill_between(steps, [band.low for band in bands], [band.high for band in bands], color=color, alpha=0.15)
@@ -182,9 +180,7 @@ def draw_curves(comparison: Comparison, file: Path) -> None:
 def draw_grids(comparison: Comparison, file: Path) -> None:
     """Draw, for every method and knob, the best loss that was found at each of its values."""
     names = [name for name, found in comparison.methods.items() if found["tried"]]
-    figure, rows = plt.subplots(
-        1, len(TUNED), figsize=(13, 4.5), sharey=True, layout="constrained", squeeze=False
-    )
+    figure, rows = plt.subplots(1, len(TUNED), figsize=(13, 4.5), sharey=True, layout="constrained", squeeze=False)
     for knob, axes in zip(TUNED, rows[0], strict=True):
         for name in names:
             best: dict[float, float] = {}
@@ -216,7 +212,10 @@ def write_report(comparison: Comparison, folder: Path, console: Console) -> list
     files[1].write_text(json.dumps({**asdict(comparison), "summary": summary}, indent=1))
     draw_curves(comparison, files[2])
     if any(found["tried"] for found in comparison.methods.values()):
-        files += [folder / f"grid-{comparison.size}-{_file_word(comparison.text)}.png", folder / f"tuned-{comparison.size}.json"]
+        files += [
+            folder / f"grid-{comparison.size}-{_file_word(comparison.text)}.png",
+            folder / f"tuned-{comparison.size}.json",
+        ]
         draw_grids(comparison, files[3])
         rates = {name: found["settings"] for name, found in comparison.methods.items()}
         record = {"size": comparison.size, "text": comparison.text, "steps": comparison.steps, "methods": rates}
@@ -227,8 +226,3 @@ def write_report(comparison: Comparison, folder: Path, console: Console) -> list
 def _file_word(text: str) -> str:
     """Return a name for files from the words of ``--text``."""
     return "-".join(Path(word).stem for word in text.split())[:40] or "text"
-
-
-def median_loss(losses: Sequence[float]) -> float:
-    """Return the median, for a summary by one number."""
-    return statistics.median(losses)

@@ -7,7 +7,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from corpus import load_documents, read_documents, standard_library, tokenize
+from corpus import (
+    END_OF_TEXT,
+    cached,
+    encode,
+    load_documents,
+    read_documents,
+    standard_library,
+    tokenize,
+    train_tokenizer,
+)
 
 SYSTEM_DOCUMENTATION = (Path("/usr/share/doc"), Path("/usr/share/common-licenses"))
 # Enough for every run, and tokenized in seconds.
@@ -70,3 +79,13 @@ def _evenly(documents: list[str]) -> list[str]:
 def tokenized(words: list[str], vocabulary: int, cache: Path) -> Path:
     """Return the file of tokens of a text, with a tokenizer of its own."""
     return tokenize(read_text(words), None, vocabulary, cache)
+
+
+def tokenized_by(tokenizer_words: list[str], words: list[str], vocabulary: int, cache: Path) -> Path:
+    """Return the file of tokens of a text, with the tokenizer of another one."""
+    other, documents = read_text(tokenizer_words), read_text(words)
+    return cached(
+        cache,
+        [other, documents, vocabulary],
+        lambda: encode(documents, train_tokenizer(other, vocabulary), END_OF_TEXT),
+    )

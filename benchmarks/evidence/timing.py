@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+
 from evidence.methods import Method, make_optimizer
 from evidence.training import Run, decoder, load_tokens, pick_device, training_examples
 

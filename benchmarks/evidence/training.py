@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from corpus import Blocks
-from evidence.methods import find_method, make_optimizer
-from evidence.sizes import Size
 from settings import make_model
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
+
+from evidence.methods import find_method, make_optimizer
+from evidence.sizes import Size
 
 WARMUP = 0.1
 GRADIENT_NORM = 1.0
@@ -141,8 +142,10 @@ def fit(
             with autocast:
                 losses[str(step)] = evaluate(model, validation.to(device), batches.shape[1])
     finite = {str(step): losses.get(str(step), math.inf) for step in due}
-    return {"losses": {step: loss if loss == loss else math.inf for step, loss in finite.items()},
-            "seconds": round(time.perf_counter() - begin, 2)}
+    return {
+        "losses": {step: loss if loss == loss else math.inf for step, loss in finite.items()},
+        "seconds": round(time.perf_counter() - begin, 2),
+    }
 
 
 def train(run: Run, cache: Path) -> dict[str, Any]:

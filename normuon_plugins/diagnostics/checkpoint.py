@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from normuon_plugins.core.group_options import GROUP_KEYS
 from normuon_plugins.core.layout import parse_layout
 from normuon_plugins.core.momentum import stored_momentum
 from normuon_plugins.diagnostics.live import NESTEROV_NOTE
-from normuon_plugins.diagnostics.spectra import PER_PARAMETER, Diagnosis, diagnose_parameter
+from normuon_plugins.diagnostics.spectra import PER_PARAMETER, Diagnosis, MatrixDiagnosis, diagnose_parameter
 
 # What frameworks call the file or folder of the optimizer inside a checkpoint folder: the HF Trainer, Accelerate,
 # Accelerate and the Trainer under FSDP2, Lightning.
@@ -37,7 +36,9 @@ def read_checkpoint(
     weights_only: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Diagnosis:
-    """Return singular values and neuron norms of the state in a checkpoint; needs neither the model nor a process group.
+    """Return singular values and neuron norms of the state in a checkpoint.
+
+    Needs neither the model nor a process group.
 
     Args:
         path: A file that ``torch.save`` wrote with the optimizer's state dict somewhere in it; a folder of
@@ -65,7 +66,7 @@ def read_checkpoint(
     chosen = [entry for entry in parameters if re.search(match, entry[0])]
     if not chosen:
         raise ValueError(f"{match!r} matches none of the {len(parameters)} matrix parameters: {parameters[0][0]}, ...")
-    matrices = []
+    matrices: list[MatrixDiagnosis] = []
     for name, state, group in chosen:
         if progress is not None:
             progress(name)
@@ -127,8 +128,7 @@ def _unflatten(saved: Mapping[str, Any]) -> dict[str, Any]:
         name, _, key = rest.rpartition(".")
         if kind == "state":
             state.setdefault(name, {})[key] = value
-        elif kind == "param_groups":
-            # a tuple was written entry by entry, as FQN.key.0: an option of AdamW, which is not read here
+        elif kind == "param_groups" and key != "param_names":  # which are those of the whole group
             groups.setdefault(name, {"params": [name]})[key] = value
     return {"state": state, "param_groups": [group for group in groups.values() if "algorithm" in group]}
 
@@ -136,6 +136,9 @@ def _unflatten(saved: Mapping[str, Any]) -> dict[str, Any]:
 def _load(path: Path, weights_only: bool) -> Any:
     """Return what a file or a DCP folder holds, on the CPU."""
     if path.is_dir():
+        # here, since it takes a second to import
+        from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
         with tempfile.TemporaryDirectory() as folder:
             whole = Path(folder) / "whole.pt"
             dcp_to_torch_save(path, whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -24,12 +25,22 @@ FLOOR = 1e-5
 
 
 def layers(diagnosis: Diagnosis) -> dict[str, list[MatrixDiagnosis]]:
-    """Return the matrices by layer: the name up to its first number, so ``model.layers.3``; the rest by itself."""
+    """Return the matrices by layer: the name up to its first number; those without a number together."""
     found: dict[str, list[MatrixDiagnosis]] = {}
     for matrix in diagnosis.matrices:
-        numbered = re.match(r"(?:.*?\.)?\d+(?=\.)", matrix.name)
-        found.setdefault(numbered[0] if numbered else "outside numbered layers", []).append(matrix)
+        found.setdefault(layer_of(matrix), []).append(matrix)
     return found
+
+
+def layer_of(matrix: MatrixDiagnosis) -> str:
+    """Return the name of a matrix's layer.
+
+    Example:
+        >>> layer_of(MatrixDiagnosis("model.layers.3.mlp.up_proj.weight", (4, 4), {}))
+        'model.layers.3'
+    """
+    numbered = re.match(r"(?:.*?\.)?\d+(?=\.)", matrix.name)
+    return numbered[0] if numbered else "outside numbered layers"
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -42,24 +53,28 @@ def new_figure(width: float, height: float) -> Figure:
 def overview(diagnosis: Diagnosis) -> Figure:
     """Draw condition number and neuron spread of every matrix, in the order of the model."""
     shown = [matrix for matrix in diagnosis.matrices if matrix.stages]
+    starts: dict[str, int] = {}
+    for place, matrix in enumerate(shown):
+        starts.setdefault(layer_of(matrix), place)
     figure = new_figure(11, 6.5)
     conditions, spreads = figure.subplots(2, 1, sharex=True)
     for stage in STAGES:
         places = [place for place, matrix in enumerate(shown) if stage in matrix.stages]
         stages = [shown[place].stages[stage] for place in places]
         style = {"marker": ".", "linewidth": 0.8, "color": COLORS[stage], "label": LABELS[stage]}
-        finite = [(place, found.condition_number) for place, found in zip(places, stages, strict=True)]
-        conditions.plot(*zip(*[pair for pair in finite if pair[1] < float("inf")] or [(0, float("nan"))], strict=True), **style)
+        # infinite condition numbers leave gaps
+        heights = [found.condition_number if math.isfinite(found.condition_number) else math.nan for found in stages]
+        conditions.plot(places, heights, **style)
         spreads.plot(places, [found.neuron_spread for found in stages], **style)
     conditions.set_yscale("log")
     conditions.set_ylabel("condition number")
-    conditions.set_title("largest over smallest singular value; matrices without full rank are left out", fontsize="small")
+    conditions.set_title(
+        "largest over smallest singular value; matrices without full rank are left out", fontsize="small"
+    )
     spreads.set_ylabel("neuron spread")
     spreads.set_title("standard deviation over mean of the neuron norms", fontsize="small")
     spreads.set_ylim(bottom=0)
-    names = list(layers(Diagnosis("", shown)))
-    starts = [next(place for place, matrix in enumerate(shown) if matrix in group) for group in layers(Diagnosis("", shown)).values()]
-    spreads.set_xticks(starts, names, rotation=90 if len(names) > 8 else 0, fontsize="x-small", ha="left")
+    spreads.set_xticks(list(starts.values()), list(starts), rotation=90 if len(starts) > 8 else 0, fontsize="x-small")
     spreads.set_xlabel("matrices in the order of the model")
     conditions.legend(fontsize="small")
     return figure
@@ -113,6 +128,8 @@ def _rows(rows: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]) -> Figure:
         for stage, (singular_values, neuron_norms) in stages.items():
             _curve(axes[0], singular_values, stage)
             _curve(axes[1], neuron_norms, stage)
+        axes[0].set_yscale("log")
+        axes[1].set_ylim(bottom=0)
         axes[0].set_ylabel(title, fontsize="x-small")
     grid[0][0].set_title("singular values, by their root mean square", fontsize="small")
     grid[0][1].set_title("neuron norms, by their root mean square", fontsize="small")
@@ -127,4 +144,3 @@ def _curve(axes: Axes, values: Tensor, stage: str) -> None:
     picks = torch.linspace(0, len(ordered) - 1, min(POINTS, len(ordered))).round().long()
     share = (picks + 0.5) / len(ordered)
     axes.plot(share.tolist(), ordered[picks].tolist(), color=COLORS[stage], label=LABELS[stage], linewidth=1.2)
-    axes.set_yscale("log")

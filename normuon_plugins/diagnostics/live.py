@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -162,17 +162,28 @@ def _whole_momentum(state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
     blocks = {key: local(state[key]) for key in ("momentum_buffer", "momentum_scale")}
     decoded = stored_momentum(blocks, parse_layout(group["layout"])).load(torch.float32)
     if isinstance(buffer, DTensor):
-        place = {"shape": buffer.shape, "stride": buffer.stride(), "run_check": False}
-        return _whole(DTensor.from_local(decoded, buffer.device_mesh, buffer.placements, **place))
+        return _whole(
+            DTensor.from_local(
+                decoded,
+                buffer.device_mesh,
+                buffer.placements,
+                run_check=False,
+                shape=buffer.shape,
+                stride=buffer.stride(),
+            )
+        )
     return decoded
 
 
 def _whole(tensor: Tensor) -> Tensor:
     """Return all of a tensor on every rank that holds a part of it, which all call this."""
-    if isinstance(tensor, DTensor):
-        whole: Tensor = tensor.to(compute_device(tensor)).full_tensor()
-        return whole
-    return tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    device = compute_device(tensor)
+    if device != tensor.device:  # offloaded to the CPU, from where the mesh cannot send
+        tensor = cast(DTensor, tensor.to(device))
+    whole: Tensor = tensor.full_tensor()
+    return whole
 
 
 def _gather(found: list[tuple[int, MatrixDiagnosis]]) -> list[MatrixDiagnosis]:

@@ -75,7 +75,11 @@ def reading(diagnosis: Diagnosis) -> list[str]:
     """Return what these numbers say, in sentences that hold for them alone."""
     shown = [matrix for matrix in diagnosis.matrices if matrix.stages]
     sentences = []
-    for stage, words in (("momentum", "raw momentum"), ("muon", "Muon's direction"), ("normuon", "NorMuon's direction")):
+    for stage, words in (
+        ("momentum", "raw momentum"),
+        ("muon", "Muon's direction"),
+        ("normuon", "NorMuon's direction"),
+    ):
         stages = [matrix.stages[stage] for matrix in shown if stage in matrix.stages]
         if not stages:
             continue

@@ -78,9 +78,10 @@ class Stage:
         return self.neuron_norms.square().mean().sqrt()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the numbers that the tables show, without the distributions."""
+        """Return the numbers of the tables, without the distributions; an infinite one is None, as JSON wants."""
         names = ("condition_number", "rank", "stable_rank", "neuron_spread", "dead", "dominant")
-        return {name: getattr(self, name) for name in names}
+        numbers = {name: getattr(self, name) for name in names}
+        return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
 @dataclass(frozen=True)
@@ -121,17 +122,9 @@ class Diagnosis:
     notes: Sequence[str] = field(default_factory=tuple)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all numbers of the tables, for machines; infinite condition numbers are None."""
-        found = {
-            "source": self.source,
-            "notes": list(self.notes),
-            "matrices": [matrix.to_dict() for matrix in self.matrices],
-        }
-        for matrix in found["matrices"]:
-            for stage in STAGES:
-                if stage in matrix and math.isinf(matrix[stage]["condition_number"]):
-                    matrix[stage]["condition_number"] = None
-        return found
+        """Return all numbers of the tables, for machines."""
+        matrices = [matrix.to_dict() for matrix in self.matrices]
+        return {"source": self.source, "notes": list(self.notes), "matrices": matrices}
 
 
 def newton_schulz_of(group: Mapping[str, Any]) -> Orthogonalize:

@@ -5,8 +5,9 @@ from normuon_plugins.extras import require
 require("transformers", extra="hf")
 
 # after the message for a missing extra
+from normuon_plugins.hf_trainer.diagnostics import NorMuonDiagnostics  # noqa: E402
 from normuon_plugins.hf_trainer.factory import NorMuonFactory  # noqa: E402
 from normuon_plugins.hf_trainer.metrics import NorMuonMetrics  # noqa: E402
 from normuon_plugins.hf_trainer.registration import register_normuon, unregister_normuon  # noqa: E402
 
-__all__ = ["NorMuonFactory", "NorMuonMetrics", "register_normuon", "unregister_normuon"]
+__all__ = ["NorMuonDiagnostics", "NorMuonFactory", "NorMuonMetrics", "register_normuon", "unregister_normuon"]

@@ -1,0 +1,105 @@
+"""A diagnosis of sharded matrices equals that of the same matrices in one process, and the ranks share the work."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate
+
+from normuon_plugins.diagnostics import diagnose, live, watch
+from tests.distributed import cases
+from tests.ranks import run_ranks
+
+STEPS = 2
+
+
+def shown(diagnosis):
+    return {matrix.name.split(".")[-1]: matrix.to_dict() for matrix in diagnosis.matrices}
+
+
+def of_all_ways(folder):
+    """Return for each way: the numbers, and how many matrices this rank decomposed itself."""
+    found = {}
+    for way, make in cases.ways().items():
+        model = make()
+        sharded = [
+            parameter
+            for parameter in model.parameters()
+            if isinstance(parameter, DTensor) and any(not isinstance(p, Replicate) for p in parameter.placements)
+        ]
+        optimizer = cases.optimizer_of(model.named_parameters(), ns_dtype="float32")
+        handle = watch(optimizer, every=STEPS, folder=folder / way, suffix=".json")
+        cases.steps(model, optimizer, 0, STEPS)
+        handle.remove()
+        decomposed = []
+        original = live.diagnose_parameter
+        live.diagnose_parameter = lambda *a, **k: decomposed.append(a[0]) or original(*a, **k)  # noqa: B023
+        try:
+            found[way] = (shown(diagnose(optimizer)), len(decomposed), len(sharded))
+        finally:
+            live.diagnose_parameter = original
+    dist.barrier()
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone():
+    model = cases.plain()
+    optimizer = cases.optimizer_of(model.named_parameters(), ns_dtype="float32")
+    cases.steps(model, optimizer, 0, STEPS)
+    return shown(diagnose(optimizer))
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("diagnostics")
+    return run_ranks(of_all_ways, request.param, folder), folder
+
+
+def test_every_way_shows_what_one_process_shows(ranks, alone):
+    found, _ = ranks
+    for way in found[0]:
+        for of_rank in found:
+            numbers, _, _ = of_rank[way]
+            assert numbers.keys() == alone.keys(), way
+            for name, matrix in alone.items():
+                assert matrix["shape"] == numbers[name]["shape"]
+                for stage in ("momentum", "muon", "normuon"):
+                    for quantity in ("stable_rank", "neuron_spread", "dead", "dominant"):
+                        expected = pytest.approx(matrix[stage][quantity], rel=1e-3, abs=1e-4)
+                        assert numbers[name][stage][quantity] == expected, (way, name, stage, quantity)
+
+
+def test_ranks_divide_the_parameters(ranks):
+    found, _ = ranks
+    matrices = sum(layout is not None for layout, _ in cases.PARAMETERS.values())
+    for way in found[0]:
+        counts = [of_rank[way][1] for of_rank in found]
+        assert sum(counts) == matrices, way
+        assert max(counts) < matrices
+        assert found[0][way][2] > 0 or way == "replicated"
+
+
+def test_rank_zero_writes_the_reports(ranks):
+    found, folder = ranks
+    for way, (numbers, _, _) in found[0].items():
+        (file,) = (folder / way).iterdir()
+        written = json.loads(file.read_text())["matrices"]
+        assert {matrix["name"].split(".")[-1] for matrix in written} == numbers.keys()
+
+
+def plain_replicas():
+    """Plain parameters whose ranks are known to be equal (DDP): the work is divided."""
+    model = cases.plain()
+    optimizer = cases.optimizer_of(model.named_parameters(), ns_dtype="float32", process_group=dist.group.WORLD)
+    cases.steps(model, optimizer, 0, STEPS)
+    ranks = live._ranks(next(model.parameters()), optimizer)
+    torch.manual_seed(0)
+    return ranks, shown(diagnose(optimizer))
+
+
+def test_replicas_of_ddp_divide_the_work(alone):
+    for ranks, numbers in run_ranks(plain_replicas, 2):
+        assert ranks == (0, 1)
+        assert numbers.keys() == alone.keys()
