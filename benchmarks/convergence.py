@@ -30,13 +30,14 @@ from evidence.sizes import SIZES, Size
 from evidence.texts import NAMED, tokenized
 from evidence.timing import time_steps
 from evidence.training import Run, train
-from evidence.tuning import BUDGET, DECAYS, Point, best_of, tune
+from evidence.tuning import BUDGET, DECAYS, Point, tune
 from machine import describe_machine
 from rich.console import Console
 from settings import bf16_is_fast
 
-# Where the search begins, for every method, in units of its own convention (Method.unit).
-START = 4e-3
+# Where the search begins, for every method: hidden rate in units of its own convention (Method.unit), and the other.
+START_LR, START_ADAMW_LR = 8e-3, 3.2e-2
+RATES = ("lr", "adamw_lr", "weight_decay")
 TUNING_SEED = 0
 EVALUATIONS = 12
 FOLDER = Path(__file__).parent / "results"
@@ -52,6 +53,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--only", default="", metavar="REGEX", help="methods to compare, by name")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="of the runs at the optimum")
     parser.add_argument("--tuned", type=Path, metavar="FILE", help="take the rates from this file and tune nothing")
+    parser.add_argument(
+        "--start", type=Path, metavar="FILE", help="begin to tune at the rates of this file, tuned for another size"
+    )
     parser.add_argument("--steps", type=int, help="optimizer steps of a run; the size's own if absent")
     parser.add_argument("--budget", type=int, default=BUDGET, help="tuning runs of every method")
     parser.add_argument("--workers", type=int, default=default_workers(), help="runs at once, one thread each")
@@ -67,8 +71,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error("--workers and --budget begin at 1, --steps at 10")
     if not any(re.search(args.only, method.name) for method in METHODS):
         parser.error(f"--only {args.only!r} names none of {[method.name for method in METHODS]}")
-    if args.tuned and not args.tuned.is_file():
-        parser.error(f"--tuned {args.tuned}: no such file")
+    for file in (args.tuned, args.start):
+        if file is not None and not file.is_file():
+            parser.error(f"{file}: no such file")
+    if args.tuned and args.start:
+        parser.error("--tuned tunes nothing, and --start says where tuning begins: give one of them")
     args.results = args.results or FOLDER / f"convergence-{args.size}.jsonl"
     return args
 
@@ -78,53 +85,72 @@ def default_workers() -> int:
     return 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
 
 
-def run_at(point: Point, method: Method, run: Run) -> Run:
-    """Return ``run`` with the rates of ``method`` at a point of the grid."""
-    lr, adamw_lr = START * 2.0**point.lr * method.unit(run.width), START * 2.0**point.adamw_lr
+def starting_rates(method: Method, width: int, record: dict[str, Any] | None) -> dict[str, float]:
+    """Return where the search for a method begins: common to all, or as tuned for another width.
+
+    Args:
+        method: Of the convention that its rate follows, see ``Method.unit``.
+        width: Of the model.
+        record: A file of tuned rates; None takes ``START_LR`` and ``START_ADAMW_LR``.
+    """
+    if record is None:
+        return {"lr": START_LR * method.unit(width), "adamw_lr": START_ADAMW_LR, "weight_decay": DECAYS[1]}
+    rates = record["methods"][method.name]
+    return {**rates, "lr": rates["lr"] * method.unit(width) / method.unit(record["width"])}
+
+
+def run_at(point: Point, start: dict[str, float], run: Run) -> Run:
+    """Return ``run`` with the rates at a point of the grid around ``start``."""
+    lr, adamw_lr = start["lr"] * 2.0**point.lr, start["adamw_lr"] * 2.0**point.adamw_lr
     lr, adamw_lr = (float(f"{rate:.3g}") for rate in (lr, adamw_lr))
-    return replace(run, method=method.name, lr=lr, adamw_lr=adamw_lr, weight_decay=DECAYS[point.decay])
+    return replace(run, lr=lr, adamw_lr=adamw_lr, weight_decay=DECAYS[point.decay])
 
 
-def compare(method: Method, base: Run, seeds: Sequence[int], ledger: Ledger, settings: Any, budget: int) -> Task[Any]:
-    """Tune one method unless ``settings`` has its rates, then train at the optimum; see ``Pool``.
+def search(base: Run, start: dict[str, float], ledger: Ledger, budget: int) -> Task[tuple[Run, list[Any]]]:
+    """Tune the method of ``base``; see ``Pool`` and ``tune``.
 
     Returns:
-        Rates, the tuning runs with their losses, and the runs at the optimum.
+        The best run, and every run that was tried with its loss.
     """
-    tried: list[tuple[Run, float]] = []
+    steps = tune(Point(decay=DECAYS.index(start["weight_decay"])), budget)
+    losses: dict[Point, float] = {}
+    wanted = next(steps)
+    while True:
+        yield [run_at(point, start, base) for point in wanted]
+        losses |= {point: ledger[run_at(point, start, base)]["losses"][str(base.steps)] for point in wanted}
+        try:
+            wanted = steps.send(losses)
+        except StopIteration as end:
+            tried = [{**asdict(run_at(point, start, base)), "loss": loss} for point, loss in losses.items()]
+            return run_at(end.value, start, base), tried
+
+
+def compare(
+    base: Run, seeds: Sequence[int], ledger: Ledger, *, tuned: Any, start: dict[str, float], budget: int
+) -> Task[Any]:
+    """Tune the method of ``base`` unless its rates are known, then train at the optimum; see ``Pool``.
+
+    Returns:
+        Rates, the tuning runs with their losses, and the loss curves of the runs at the optimum.
+    """
+    settings, tried = tuned, []
     if settings is None:
-        search = tune(Point(), budget)
-        losses: dict[Point, float] = {}
-        wanted = next(search)
-        while True:
-            runs = [run_at(point, method, base) for point in wanted]
-            yield runs
-            found = [ledger[run]["losses"][str(base.steps)] for run in runs]
-            losses |= dict(zip(wanted, found, strict=True))
-            tried += zip(runs, found, strict=True)
-            try:
-                wanted = search.send(losses)
-            except StopIteration:
-                break
-        best = run_at(best_of(losses), method, base)
-        settings = {key: getattr(best, key) for key in ("lr", "adamw_lr", "weight_decay")}
-        settings["runs"] = len(losses)
-    final = [
-        replace(
-            base,
-            method=method.name,
-            seed=seed,
-            evaluations=EVALUATIONS,
-            **{key: settings[key] for key in ("lr", "adamw_lr", "weight_decay")},
-        )
-        for seed in seeds
-    ]
+        best, tried = yield from search(base, start, ledger, budget)
+        settings = {key: getattr(best, key) for key in RATES} | {"runs": len(tried)}
+    rates = {key: settings[key] for key in RATES}
+    final = [replace(base, **rates, seed=seed, evaluations=EVALUATIONS) for seed in seeds]
     yield final
-    return {
-        "settings": settings,
-        "tried": [{**asdict(run), "loss": loss} for run, loss in tried],
-        "curves": [ledger[run]["losses"] for run in final],
-    }
+    return {"settings": settings, "tried": tried, "curves": [ledger[run]["losses"] for run in final]}
+
+
+def read_rates(file: Path | None, methods: Sequence[Method]) -> dict[str, Any] | None:
+    """Return a file of tuned rates, None for none; end with a message where a method is not in it."""
+    if file is None:
+        return None
+    record: dict[str, Any] = json.loads(file.read_text())
+    if missing := [method.name for method in methods if method.name not in record["methods"]]:
+        sys.exit(f"{file} has no rates for {missing}; leave them out with --only")
+    return record
 
 
 def base_run(size: Size, text: Path) -> Run:
@@ -147,13 +173,20 @@ def main() -> None:
     console.print(f"reading {' '.join(args.text)}")
     base = base_run(size, tokenized(args.text, size.vocabulary, cache))
     methods = [method for method in METHODS if re.search(args.only, method.name)]
-    tuned = json.loads(args.tuned.read_text())["methods"] if args.tuned else None
-    if tuned is not None and (missing := [method.name for method in methods if method.name not in tuned]):
-        sys.exit(f"{args.tuned} has no rates for {missing}; leave them out with --only")
+    tuned, start = (read_rates(file, methods) for file in (args.tuned, args.start))
+    if tuned is not None and tuned["size"] != args.size:
+        sys.exit(f"{args.tuned} was tuned for --size {tuned['size']}; give that size, or --start to tune from there")
     ledger = Ledger(args.results)
     pool = Pool(train, ledger, cache, args.workers)
     tasks = [
-        compare(method, base, args.seeds, ledger, tuned[method.name] if tuned else None, args.budget)
+        compare(
+            replace(base, method=method.name),
+            args.seeds,
+            ledger,
+            tuned=tuned and tuned["methods"][method.name],
+            start=starting_rates(method, size.width, start),
+            budget=args.budget,
+        )
         for method in methods
     ]
     expected = len(methods) * (len(args.seeds) + (0 if tuned else args.budget))

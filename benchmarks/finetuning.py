@@ -2,7 +2,7 @@
 
 python benchmarks/finetuning.py --tuned docs/evidence/tuned-2m.json
 
-The 2M model is pretrained on one text and fine-tuned on another, with the first one's tokenizer. One learning rate
+The model is pretrained on one text and fine-tuned on another, with the first one's tokenizer. One learning rate
 serves all trained parameters of an arm, tuned for it on powers of two; then several seeds, each with a pretrained model
 of its own.
 """
@@ -187,6 +187,7 @@ def parse_arguments() -> argparse.Namespace:
     """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tuned", type=Path, required=True, help="rates of pretraining, by convergence.py")
+    parser.add_argument("--size", choices=list(SIZES), default="2m", help="of the model")
     parser.add_argument("--pretraining-text", nargs="+", default=["python"], help="as in convergence.py")
     parser.add_argument("--text", nargs="+", default=["documentation"], help="what is fine-tuned on")
     parser.add_argument("--pretraining-steps", type=int, default=240)
@@ -205,7 +206,7 @@ def main() -> None:
     """Run the benchmark that the command line asks for."""
     args = parse_arguments()
     cache = args.results.parent / "cache"
-    size = replace(SIZES["2m"], steps=args.pretraining_steps)
+    size = replace(SIZES[args.size], steps=args.pretraining_steps)
     base = base_run(size, tokenized(args.pretraining_text, size.vocabulary, cache))
     text = tokenized_by(args.pretraining_text, args.text, size.vocabulary, cache)
     rates = json.loads(args.tuned.read_text())["methods"]

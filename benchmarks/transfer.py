@@ -167,6 +167,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512], help="multiples of 64")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--steps", type=int, default=SIZE.steps, help="optimizer steps of a run")
+    parser.add_argument("--vocabulary", type=int, default=SIZE.vocabulary, help="size of the tokenizer")
     parser.add_argument("--text", nargs="+", default=["python"], help="as in convergence.py")
     parser.add_argument("--workers", type=int, default=default_workers(), help="runs at once, one thread each")
     parser.add_argument("--results", type=Path, default=FOLDER / "transfer.jsonl")
@@ -181,13 +182,13 @@ def main() -> None:
     """Run the benchmark that the command line asks for."""
     args = parse_arguments()
     cache = args.results.parent / "cache"
-    text = tokenized(args.text, SIZE.vocabulary, cache)
+    text = tokenized(args.text, args.vocabulary, cache)
     ledger = Ledger(args.results)
     pool = Pool(train, ledger, cache, args.workers)
     wanted = [(name, width) for name in CONVENTIONS for width in sorted(args.widths, reverse=True)]
     tasks = []
     for name, width in wanted:
-        base = base_run(replace(SIZE, width=width, steps=args.steps), text)
+        base = base_run(replace(SIZE, width=width, steps=args.steps, vocabulary=args.vocabulary), text)
         base = replace(base, adamw_lr=ADAMW_LR, weight_decay=WEIGHT_DECAY)
         tasks.append(follow(find_method(name), base, args.seeds, ledger))
     found = pool.carry_out(tasks, "transfer", len(tasks) * 5 * len(args.seeds))

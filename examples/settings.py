@@ -119,10 +119,27 @@ def make_model(args: argparse.Namespace, vocabulary: int) -> nn.Module:
         num_attention_heads=args.width // 64,
         num_key_value_heads=args.width // 64,
         max_position_embeddings=args.sequence_length,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         use_cache=False,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    initialize(model)
+    return model
+
+
+@torch.no_grad()
+def initialize(model: LlamaForCausalLM) -> None:
+    """Draw the weights of a Llama as torchtitan does (its ``models/llama3``).
+
+    transformers draws embeddings with a standard deviation of 0.02. In a small model the first layers then drown them,
+    and AdamW hardly learns at any rate: the comparison would be one of initializations.
+    """
+    model.model.embed_tokens.weight.normal_()
+    model.lm_head.weight.normal_(std=model.config.hidden_size**-0.5)
+    for index, layer in enumerate(model.model.layers):
+        std = 0.02 / (2 * (index + 1)) ** 0.5
+        for linear in (layer.self_attn.o_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+            linear.weight.normal_(std=std)
 
 
 def make_adamw(model: nn.Module, args: argparse.Namespace, *, fused: bool = True) -> torch.optim.AdamW:

@@ -35,6 +35,7 @@ def test_our_options():
     assert names(NorMuon)[len(names(torch.optim.Muon)) :] == [
         "beta2",
         "normalize_neurons",
+        "cautious_weight_decay",
         "adamw_lr",
         "adamw_betas",
         "adamw_eps",

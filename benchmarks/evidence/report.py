@@ -165,11 +165,10 @@ def draw_curves(comparison: Comparison, file: Path) -> None:
     curves.set_ylabel("validation loss (nats per token)")
     curves.legend(fontsize="small")
     names = list(comparison.methods)[::-1]
-    means = [confidence(comparison.finals(name)) for name in names]
-    errors = [[mean.mean - mean.low for mean in means], [mean.high - mean.mean for mean in means]]
-    colors = [f"C{list(comparison.methods).index(name) % 10}" for name in names]
-    ends.errorbar([mean.mean for mean in means], range(len(names)), xerr=errors, fmt="none", ecolor=colors, capsize=3)
-    ends.scatter([mean.mean for mean in means], range(len(names)), color=colors, zorder=3)
+    for place, name in enumerate(names):
+        mean, low, high = confidence(comparison.finals(name))
+        color = f"C{list(comparison.methods).index(name) % 10}"
+        ends.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=3)
     ends.set_yticks(range(len(names)), names)
     ends.set_xlabel("final validation loss, mean and 95 % interval")
     figure.suptitle(f"{comparison.size}, text: {comparison.text}, {len(comparison.seeds)} seeds, rates tuned for each")
@@ -218,7 +217,13 @@ def write_report(comparison: Comparison, folder: Path, console: Console) -> list
         ]
         draw_grids(comparison, files[3])
         rates = {name: found["settings"] for name, found in comparison.methods.items()}
-        record = {"size": comparison.size, "text": comparison.text, "steps": comparison.steps, "methods": rates}
+        record = {
+            "size": comparison.size,
+            "width": comparison.base["width"],
+            "text": comparison.text,
+            "steps": comparison.steps,
+            "methods": rates,
+        }
         files[4].write_text(json.dumps(record, indent=1) + "\n")
     return files
 

@@ -36,9 +36,11 @@ def _documentation() -> Iterator[str]:
     for file in sorted(files):
         if not file.is_file():
             continue
-        paragraphs = file.read_text(encoding="utf-8", errors="replace").split("\n\n")
-        fresh = [paragraph for paragraph in paragraphs if paragraph.strip() and paragraph.strip() not in seen]
-        seen.update(paragraph.strip() for paragraph in fresh)
+        fresh = []
+        for paragraph in file.read_text(encoding="utf-8", errors="replace").split("\n\n"):
+            if (stripped := paragraph.strip()) and stripped not in seen:
+                seen.add(stripped)
+                fresh.append(paragraph)
         if fresh:
             yield "\n\n".join(fresh)
 

@@ -62,8 +62,8 @@ class NorMuon(Optimizer):
             norm and shape factor (the authors' code).
         beta2: Decay of the second moment of each neuron, in ``[0, 1)``.
         normalize_neurons: False is plain Muon from the same code.
-        cautious_weight_decay: Decay an entry of a matrix only where the step itself brings it nearer to zero (Chen et
-            al., https://arxiv.org/abs/2510.12402).
+        cautious_weight_decay: No decay of an entry that the step itself takes away from zero (Chen et al.,
+            https://arxiv.org/abs/2510.12402).
         adamw_lr: Learning rate of the AdamW groups; None means ``lr``.
         adamw_betas: Betas of the AdamW groups.
         adamw_eps: Epsilon of the AdamW groups.

@@ -82,7 +82,7 @@ class StoredMatrix:
     def write(self, field: int, cut: Cut, value: Tensor) -> None:
         """Take a piece of the neuron state, or move: ``W <- (1 - lr * weight_decay) * W - lr * direction``.
 
-        With ``cautious_weight_decay`` the first factor is 1 where weight and direction differ in sign.
+        With ``cautious_weight_decay`` the first factor is 1 where the step takes the weight away from zero.
         """
         if field == NEURONS:
             cut(self.second_momentum_buffer).copy_(value)
@@ -105,8 +105,8 @@ class StoredMatrix:
             direction = direction.to(weight.dtype)
         decay = lr * self.group["weight_decay"]
         if self.group["cautious_weight_decay"]:
-            # Where the step itself brings the weight nearer to zero: sign(direction) == sign(weight).
-            weight.sub_(weight * (direction * weight > 0) * decay)
+            # Everywhere but where the step itself takes the weight away from zero.
+            weight.sub_(weight * (direction * weight >= 0) * decay)
         else:
             weight.mul_(1 - decay)
         if isinstance(lr, Tensor):  # reading its value would synchronize a GPU

@@ -69,7 +69,7 @@ def test_checkpoint_shows_what_the_live_optimizer_shows(form, trained, tmp_path)
 
 
 def test_command_line_writes_the_report_and_says_what_it_shows(trained, tmp_path, capsys):
-    model, optimizer, _ = trained
+    _, optimizer, _ = trained
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     report = tmp_path / "report.html"
     assert main(["diagnose", str(tmp_path), "--out", str(report), "--match", "layers.1.mlp"]) == 0
