@@ -5,14 +5,15 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test check format clean
+.PHONY: help demo bench evidence test check format clean
 
 help:
-	@echo "make demo    train AdamW, Muon and NorMuon on the standard library's source; table and demo/loss.png"
-	@echo "make bench   step time, memory and traffic beside every installed peer; benchmarks/results, ten minutes"
-	@echo "make test    run the tests"
-	@echo "make check   formatting, lint, types, who imports whom"
-	@echo "make format  apply the formatting"
+	@echo "make demo      train AdamW, Muon and NorMuon on the standard library's source; table and demo/loss.png"
+	@echo "make bench     step time, memory and traffic beside every installed peer; benchmarks/results, ten minutes"
+	@echo "make evidence  AdamW, Muon, NorMuon and variants, tuned on equal terms; tables and plots, an hour"
+	@echo "make test      run the tests"
+	@echo "make check     formatting, lint, types, who imports whom"
+	@echo "make format    apply the formatting"
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/compare_optimizers.py
@@ -24,6 +25,10 @@ bench: $(INSTALLED)
 	$(BENCH) --model llama-1.1b --layers 1 --repetitions 3 --only '^ours$$|^ours, muon$$|^torch|^dion.NorMuon$$'
 	$(BENCH) --model llama-3-8b --repetitions 1 --only '^ours$$|^torch'
 	$(BENCH) --model mixtral --repetitions 1 --only '^ours$$|^torch'
+
+# Interrupted, it goes on where it stopped.
+evidence: $(INSTALLED)
+	$(BIN)/python benchmarks/convergence.py
 
 # Two files at a time: many tests start processes and wait for them.
 test: $(INSTALLED)

@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import torch
 from packaging.requirements import Requirement
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig
 
+from normuon_plugins import NorMuon
 from tests.adapters.cpu_start import forget
 from tests.models import tiny_llama, token_blocks
 
@@ -69,6 +71,12 @@ def make_sandbox(folder, root, corpus):
     (folder / "train.py").write_text(TRAIN_SCRIPT)
     for name in ("meta-llama/Llama-3.1-8B", "checkpoint"):
         LlamaConfig(architectures=["LlamaForCausalLM"], num_hidden_layers=2).save_pretrained(folder / name)
+    weight = torch.nn.Parameter(torch.zeros(4, 6))
+    optimizer = NorMuon([("layers.0.weight", weight)])
+    weight.grad = torch.ones(4, 6) + torch.eye(4, 6)
+    optimizer.step()
+    (folder / "out" / "checkpoint-1000").mkdir(parents=True)
+    torch.save(optimizer.state_dict(), folder / "out" / "checkpoint-1000" / "optimizer.pt")
 
 
 class Runner:
