@@ -1,6 +1,8 @@
 """Reports every k steps from the frameworks' own training loops, and on from where a resumed run stands."""
 
 import json
+import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from normuon_plugins.accelerate import prepare_normuon
-from normuon_plugins.diagnostics import diagnose, watch
+from normuon_plugins.diagnostics import diagnose, read_checkpoint, watch
 from normuon_plugins.hf_trainer import NorMuonDiagnostics as TrainerDiagnostics
 from normuon_plugins.hf_trainer import register_normuon, unregister_normuon
 from normuon_plugins.lightning import NorMuonDiagnostics, setup_normuon
@@ -50,6 +52,7 @@ def test_lightning_writes_reports_and_a_resumed_run_goes_on_counting(tmp_path):
     trainer.fit(module, loader, ckpt_path=tmp_path / "saved.ckpt")
     assert files(tmp_path / "diagnostics") == ["step-000002.json", "step-000004.json", "step-000006.json"]
     assert len(names(tmp_path / "diagnostics" / "step-000004.json")) == 3
+    assert shown(read_checkpoint(tmp_path / "saved.ckpt")) == shown(read_checkpoint(tmp_path)) != {}
 
 
 def test_lightning_lets_go_of_the_optimizer(tmp_path):
@@ -75,6 +78,7 @@ def test_trainer_writes_reports_and_a_resumed_run_goes_on_counting(tmp_path):
         unregister_normuon()
     assert files(tmp_path / "diagnostics") == ["step-000002.json", "step-000004.json"]
     assert len(names(tmp_path / "diagnostics" / "step-000004.json")) == 3
+    assert len(shown(read_checkpoint(tmp_path / "checkpoint-3"))) == 14
 
 
 def test_trainer_with_another_optimizer_is_refused(tmp_path):
@@ -94,12 +98,25 @@ def step(model, optimizer):
 
 def test_wrapped_optimizers_are_watched(tmp_path):
     """Accelerate's wrapper and Fabric's: both keep the optimizer as ``.optimizer``."""
-    fabric = Fabric(accelerator="cpu", devices=1)
+    fabric, accelerator = Fabric(accelerator="cpu", devices=1), Accelerator(cpu=True)
     for name, (model, optimizer) in {
-        "accelerate": prepare_normuon(Accelerator(cpu=True), tiny_llama(), lr=1e-3),
+        "accelerate": prepare_normuon(accelerator, tiny_llama(), lr=1e-3),
         "fabric": setup_normuon(fabric, tiny_llama(), lr=1e-3),
     }.items():
         watch(optimizer, every=1, folder=tmp_path / name, match=MATCH, suffix=".json")
         step(model, optimizer)
         assert files(tmp_path / name) == ["step-000001.json"]
         assert len(diagnose(optimizer, match=MATCH).matrices) == 3
+        (accelerator.save_state if name == "accelerate" else partial(save_fabric, fabric, optimizer))(
+            tmp_path / "saved"
+        )
+        assert shown(read_checkpoint(tmp_path / "saved")) == shown(diagnose(optimizer))
+        shutil.rmtree(tmp_path / "saved")
+
+
+def save_fabric(fabric, optimizer, folder):
+    fabric.save(folder / "state.ckpt", {"optimizer": optimizer, "step": 1})
+
+
+def shown(diagnosis):
+    return {matrix.name: matrix.to_dict() for matrix in diagnosis.matrices}
