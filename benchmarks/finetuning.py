@@ -34,6 +34,7 @@ from evidence.training import (
     fit,
     load_tokens,
     pick_device,
+    train_model,
     training_examples,
     validation_examples,
 )
@@ -88,13 +89,7 @@ def weights_file(run: Run, cache: Path) -> Path:
 
 def pretrain(run: Run, cache: Path) -> dict[str, Any]:
     """Train a model and keep it."""
-    tokens = load_tokens(cache / run.text)
-    model = decoder(run.size, run.seed).to(pick_device())
-    optimizer = make_optimizer(
-        model, find_method(run.method), lr=run.lr, adamw_lr=run.adamw_lr, weight_decay=run.weight_decay
-    )
-    batches, validation = training_examples(tokens, run.size, run.seed), validation_examples(tokens, run.size)
-    result = fit(model, optimizer, batches, validation, evaluations=run.evaluations, precision=run.precision)
+    model, result = train_model(run, cache)
     torch.save(model.state_dict(), weights_file(run, cache))
     return result
 

@@ -148,12 +148,17 @@ def fit(
     }
 
 
-def train(run: Run, cache: Path) -> dict[str, Any]:
-    """Carry out ``run``; the tokens lie in ``cache``."""
+def train_model(run: Run, cache: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Carry out ``run``; the tokens lie in ``cache``. Return the model and what ``fit`` returned."""
     tokens = load_tokens(cache / run.text)
     model = decoder(run.size, run.seed).to(pick_device())
     optimizer = make_optimizer(
         model, find_method(run.method), lr=run.lr, adamw_lr=run.adamw_lr, weight_decay=run.weight_decay
     )
     batches, validation = training_examples(tokens, run.size, run.seed), validation_examples(tokens, run.size)
-    return fit(model, optimizer, batches, validation, evaluations=run.evaluations, precision=run.precision)
+    return model, fit(model, optimizer, batches, validation, evaluations=run.evaluations, precision=run.precision)
+
+
+def train(run: Run, cache: Path) -> dict[str, Any]:
+    """Carry out ``run`` and return its losses."""
+    return train_model(run, cache)[1]
