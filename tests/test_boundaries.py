@@ -89,6 +89,16 @@ def test_nobody_imports_the_command_line():
     assert users == {"__main__.py"}
 
 
+def test_diagnostics_are_imported_by_those_who_ask_for_a_report():
+    users = {
+        str(path.relative_to(PACKAGE))
+        for path in FILES
+        if path.parent.name != "diagnostics"
+        and any(name.startswith("normuon_plugins.diagnostics") for name in imports(path))
+    }
+    assert users == {"cli.py", "lightning/diagnostics.py", "hf_trainer/diagnostics.py"}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_environment_is_read_and_nothing_is_compiled(path):
     words = {getattr(node, "attr", getattr(node, "id", None)) for node in ast.walk(ast.parse(path.read_text()))}
