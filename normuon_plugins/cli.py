@@ -200,9 +200,12 @@ def _diagnose(options: argparse.Namespace) -> str:
         diagnosis = read_checkpoint(
             options.checkpoint, match=options.match, weights_only=options.weights_only, progress=_say, **chosen
         )
+        _say("drawing")
         written = write_report(diagnosis, options.out)
     except (ValueError, OSError, ImportError, re.error) as error:
         raise Refused(str(error)) from error
+    finally:
+        _say("")
     return "\n".join([*reading(diagnosis), f"wrote {written}"])
 
 
