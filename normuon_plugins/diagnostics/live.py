@@ -16,6 +16,7 @@ from normuon_plugins.core.group_options import parameter_name
 from normuon_plugins.core.layout import parse_layout
 from normuon_plugins.core.momentum import stored_momentum
 from normuon_plugins.core.optimizer import NorMuon
+from normuon_plugins.core.update_rules import nesterov_update
 from normuon_plugins.diagnostics.report import check_target, write_report
 from normuon_plugins.diagnostics.spectra import PER_PARAMETER, Diagnosis, MatrixDiagnosis, diagnose_parameter
 from normuon_plugins.distributed.placement import compute_device, local, locate, my_rank
@@ -27,7 +28,9 @@ NESTEROV_NOTE = (
 
 
 @torch.no_grad()
-def diagnose(optimizer: Any, *, match: str = "", per_parameter: int = PER_PARAMETER) -> Diagnosis:
+def diagnose(
+    optimizer: Any, *, match: str = "", per_parameter: int = PER_PARAMETER, gradients: bool = False
+) -> Diagnosis:
     """Return singular values and neuron norms of the last step's momentum and directions.
 
     Under a process group every rank calls this, with the same arguments, and gets the same result: a sharded matrix is
@@ -38,6 +41,8 @@ def diagnose(optimizer: Any, *, match: str = "", per_parameter: int = PER_PARAME
         optimizer: A ``NorMuon``, or a framework's wrapper of one (``.optimizer``). Not modified.
         match: Regular expression; only parameters with a match in their name are looked at.
         per_parameter: At most so many matrices of a parameter that holds several (experts, heads), evenly spaced.
+        gradients: Whether ``.grad`` is still that of the last step, as right after ``step()``: with ``nesterov=True``
+            the look-ahead is then what the step made of both. Otherwise momentum stands for it, and a note says so.
 
     Raises:
         TypeError: If there is no NorMuon in ``optimizer``.
@@ -54,6 +59,8 @@ def diagnose(optimizer: Any, *, match: str = "", per_parameter: int = PER_PARAME
     inner = unwrap(optimizer)
     found: list[tuple[int, MatrixDiagnosis]] = []
     number = 0
+    known = _known_gradients(inner) if gradients else set()
+    guessed = False
     for group in inner.param_groups:
         for index, parameter in enumerate(group["params"]):
             name = parameter_name(group, index)
@@ -66,9 +73,14 @@ def diagnose(optimizer: Any, *, match: str = "", per_parameter: int = PER_PARAME
             number += 1
             momentum = _whole_momentum(inner.state[parameter], group)
             neurons = _whole(inner.state[parameter]["second_momentum_buffer"])
+            look_ahead = None
+            if name in known:
+                gradient = _whole(parameter.grad)
+                look_ahead = nesterov_update(momentum, gradient, momentum=group["momentum"])
+            guessed |= group["nesterov"] and look_ahead is None
             if mine:
                 function = inner.defaults["orthogonalize_fn"]
-                options = {"orthogonalize_fn": function, "per_parameter": per_parameter}
+                options = {"look_ahead": look_ahead, "orthogonalize_fn": function, "per_parameter": per_parameter}
                 matrices = diagnose_parameter(name, momentum, neurons, group, **options)
                 found += [(number, matrix) for matrix in matrices]
     every = _gather(found)
@@ -78,8 +90,7 @@ def diagnose(optimizer: Any, *, match: str = "", per_parameter: int = PER_PARAME
             if match
             else "no matrix parameter has state yet: take a step first."
         )
-    uses_nesterov = any(group.get("nesterov") for group in inner.param_groups)
-    return Diagnosis("a live optimizer", every, (NESTEROV_NOTE,) if uses_nesterov else ())
+    return Diagnosis("a live optimizer", every, (NESTEROV_NOTE,) if guessed else ())
 
 
 def watch(
@@ -122,7 +133,7 @@ def watch(
         nonlocal taken
         taken += 1
         if taken % every == 0:
-            diagnosis = diagnose(stepped, match=match, per_parameter=per_parameter)
+            diagnosis = diagnose(stepped, match=match, per_parameter=per_parameter, gradients=True)
             if my_rank() == 0:
                 write_report(diagnosis, Path(folder) / f"step-{taken:06d}{suffix}", title=f"Step {taken}")
 
@@ -141,6 +152,21 @@ def unwrap(optimizer: Any) -> NorMuon:
     if not isinstance(inner, NorMuon):
         raise TypeError(f"diagnostics look at a NorMuon; this is a {type(inner).__name__}.")
     return inner
+
+
+def _known_gradients(optimizer: NorMuon) -> set[str]:
+    """Return the names of the matrix parameters that look ahead and have a gradient on every rank."""
+    names = {
+        parameter_name(group, index)
+        for group in optimizer.param_groups
+        for index, parameter in enumerate(group["params"])
+        if group.get("nesterov") and parameter.grad is not None
+    }
+    if not (dist.is_available() and dist.is_initialized()):
+        return names
+    every: list[set[str]] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(every, names)
+    return set.intersection(*every)
 
 
 def _ranks(parameter: Tensor, optimizer: NorMuon) -> tuple[int, ...]:

@@ -140,41 +140,48 @@ def diagnose_parameter(
     second_momentum: Tensor,
     group: Mapping[str, Any],
     *,
+    look_ahead: Tensor | None = None,
     orthogonalize_fn: Orthogonalize | None = None,
     per_parameter: int = PER_PARAMETER,
 ) -> Iterator[MatrixDiagnosis]:
     """Yield the matrices of one parameter, evenly spaced where it holds more than ``per_parameter``.
 
-    What is looked at is the last step: it orthogonalized this momentum, and its neuron step ended with this
-    ``second_momentum``, which is not advanced again. With ``nesterov=True`` the step looked ahead with a gradient that
-    nobody keeps, and momentum stands for it.
+    What is looked at is the last step: it orthogonalized this momentum (or ``look_ahead``), and its neuron step ended
+    with this ``second_momentum``, which is not advanced again.
 
     Args:
         name: FQN.
         momentum: Whole, shape of the parameter, floating point. Not modified.
         second_momentum: Whole, with 1 for every input dimension. Not modified.
         group: Its options; ``layout`` says what its matrices are.
+        look_ahead: What was orthogonalized under ``nesterov=True``, like ``momentum``; None takes that.
         orthogonalize_fn: In place of Newton-Schulz.
         per_parameter: At most so many matrices.
     """
     layout = parse_layout(group["layout"])
     shape, neuron_shape = tuple(momentum.shape), layout.neuron_state_shape(momentum.shape)
     blocks = zip(layout.block_boxes(shape), layout.block_boxes(neuron_shape), layout.matrix_shapes(shape), strict=True)
+    update = momentum if look_ahead is None else look_ahead
     stacks = [
-        (_stack(momentum, box, layout, (*sizes, cols)), _stack(second_momentum, neuron_box, layout, (*sizes, 1)))
+        (
+            _stack(momentum, box, layout, (*sizes, cols)),
+            _stack(update, box, layout, (*sizes, cols)),
+            _stack(second_momentum, neuron_box, layout, (*sizes, 1)),
+        )
         for box, neuron_box, (*sizes, cols) in blocks
     ]
-    places = [(block, index) for block, (matrices, _) in enumerate(stacks) for index in range(len(matrices))]
-    several_blocks, several = len(stacks) > 1, any(len(matrices) > 1 for matrices, _ in stacks)
+    places = [(block, index) for block, stack in enumerate(stacks) for index in range(len(stack[0]))]
+    several_blocks, several = len(stacks) > 1, any(len(stack[0]) > 1 for stack in stacks)
     for block, index in _evenly(places, per_parameter):
         label = name + (f" [block {block}]" if several_blocks else "") + (f" [matrix {index}]" if several else "")
-        matrices, neurons = stacks[block]
-        yield diagnose_matrix(label, matrices[index], neurons[index], group, orthogonalize_fn)
+        matrix, orthogonalized, neurons = (tensors[index] for tensors in stacks[block])
+        yield diagnose_matrix(label, matrix, orthogonalized, neurons, group, orthogonalize_fn)
 
 
 def diagnose_matrix(
     name: str,
     momentum: Tensor,
+    update: Tensor,
     second_momentum: Tensor,
     group: Mapping[str, Any],
     orthogonalize_fn: Orthogonalize | None = None,
@@ -184,35 +191,36 @@ def diagnose_matrix(
     Args:
         name: For the report.
         momentum: Shape ``(rows, cols)``.
+        update: What was orthogonalized: ``momentum`` or its look-ahead.
         second_momentum: Shape ``(rows, 1)``.
         group: Options.
         orthogonalize_fn: In place of Newton-Schulz.
     """
     rows, cols = momentum.shape
-    momentum = momentum.float()
-    if not bool(torch.isfinite(momentum).all()):
+    if not bool(torch.isfinite(momentum).all() & torch.isfinite(update).all()):
         return MatrixDiagnosis(name, (rows, cols), {}, "momentum holds NaN or infinity")
-    if not bool(momentum.any()):
+    if not bool(momentum.any() and update.any()):
         return MatrixDiagnosis(name, (rows, cols), {}, "momentum is zero: this matrix never had a gradient")
-    # As optimizers hand it over: without this, gradients of 1e-30 would be squared to zero.
-    momentum = momentum / momentum.abs().max()
-    function = orthogonalize_fn or newton_schulz_of(group)
-    options = {key: group[key] for key in ("eps", "adjust_lr_fn")}
-    stages = {"momentum": _stage(momentum)}
+    stages = {"momentum": _stage(_scaled(momentum))}
     for stage, normalize in (("muon", False), ("normuon", group["normalize_neurons"])):
         if stage == "normuon" and not (normalize and bool(second_momentum.any())):
             continue
-        # beta2=1 leaves the second moment as the last step left it
         found = normuon_direction(
-            momentum[None].clone(),
+            _scaled(update)[None],
             second_momentum[None].float().clone(),
-            orthogonalize=function,
+            orthogonalize=orthogonalize_fn or newton_schulz_of(group),
             normalize=normalize,
-            beta2=1.0,
-            **options,
+            beta2=1.0,  # leaves the second moment as the last step left it
+            eps=group["eps"],
+            adjust_lr_fn=group["adjust_lr_fn"],
         )
         stages[stage] = _stage(found.direction[0].float())
     return MatrixDiagnosis(name, (rows, cols), stages)
+
+
+def _scaled(matrix: Tensor) -> Tensor:
+    """Return a copy whose largest entry is 1, in float32: squared, a gradient of 1e-30 would be zero."""
+    return matrix.float() / matrix.abs().max()
 
 
 def _stage(matrix: Tensor) -> Stage:

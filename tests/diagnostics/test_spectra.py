@@ -55,6 +55,17 @@ def test_last_stage_is_what_the_step_added_to_the_weight(shape, adjust_lr_fn):
     assert_shows(found.stages["normuon"], moved)
 
 
+def test_right_after_a_step_the_look_ahead_is_that_of_the_step():
+    weight = torch.nn.Parameter(torch.zeros(10, 6))
+    optimizer, (moved,) = stepped([("weight", weight)], nesterov=True)
+    exact = diagnose(optimizer, gradients=True)
+    assert_shows(exact.matrices[0].stages["normuon"], moved)
+    assert not exact.notes
+    guessed = diagnose(optimizer)
+    assert "momentum stands for what was orthogonalized" in guessed.notes[0]
+    assert guessed.to_dict()["matrices"][0]["muon"] != exact.to_dict()["matrices"][0]["muon"]
+
+
 def test_muon_stage_is_what_a_step_without_the_neuron_step_adds():
     weight = torch.nn.Parameter(torch.zeros(10, 6))
     optimizer, (moved,) = stepped([("weight", weight)], normalize_neurons=False)
@@ -67,7 +78,7 @@ def test_stages_of_a_matrix_are_the_papers():
     generator = torch.Generator().manual_seed(1)
     momentum = torch.randn(8, 12, generator=generator) * torch.logspace(-2, 0, 8)[:, None]
     second = torch.rand(8, 1, generator=generator) + 0.1
-    found = diagnose_matrix("w", momentum, second, OPTIONS)
+    found = diagnose_matrix("w", momentum, momentum, second, OPTIONS)
     muon = newton_schulz(momentum)
     normuon = muon / second.double().sqrt()
     for stage, matrix in (("momentum", momentum.double()), ("muon", muon), ("normuon", normuon)):
@@ -80,7 +91,7 @@ def test_stages_of_a_matrix_are_the_papers():
 
 def test_scale_of_the_gradient_does_not_matter():
     momentum = torch.randn(5, 9, generator=torch.Generator().manual_seed(2))
-    usual, tiny = (diagnose_matrix("w", momentum * scale, torch.ones(5, 1), OPTIONS) for scale in (1.0, 1e-30))
+    usual, tiny = (diagnose_matrix("w", *[momentum * scale] * 2, torch.ones(5, 1), OPTIONS) for scale in (1.0, 1e-30))
     for name, stage in usual.stages.items():
         torch.testing.assert_close(stage.singular_values, tiny.stages[name].singular_values, rtol=1e-4, atol=1e-6)
 
@@ -89,13 +100,13 @@ def test_dead_and_dominant_neurons_are_counted():
     momentum = torch.ones(100, 4)
     momentum[:3] *= DEAD / 2
     momentum[50] *= 2 * DOMINANT
-    stage = diagnose_matrix("w", momentum, torch.ones(100, 1), OPTIONS).stages["momentum"]
+    stage = diagnose_matrix("w", momentum, momentum, torch.ones(100, 1), OPTIONS).stages["momentum"]
     assert (stage.dead, stage.dominant) == (3, 1)
 
 
 def test_rank_and_an_infinite_condition_number():
     momentum = torch.outer(torch.arange(1.0, 7.0), torch.ones(5)) + torch.eye(6, 5)[:, :1] @ torch.eye(5)[:1]
-    found = diagnose_matrix("w", momentum, torch.ones(6, 1), OPTIONS)
+    found = diagnose_matrix("w", momentum, momentum, torch.ones(6, 1), OPTIONS)
     assert found.stages["momentum"].rank == 2
     assert math.isinf(found.stages["momentum"].condition_number)
     assert found.to_dict()["momentum"]["condition_number"] is None
@@ -103,7 +114,7 @@ def test_rank_and_an_infinite_condition_number():
 
 @pytest.mark.parametrize(("value", "words"), [(0.0, "never had a gradient"), (float("nan"), "NaN")])
 def test_what_cannot_be_decomposed_says_why(value, words):
-    found = diagnose_matrix("w", torch.full((3, 4), value), torch.zeros(3, 1), OPTIONS)
+    found = diagnose_matrix("w", *[torch.full((3, 4), value)] * 2, torch.zeros(3, 1), OPTIONS)
     assert not found.stages
     assert words in found.trouble
 

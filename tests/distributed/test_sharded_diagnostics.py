@@ -48,7 +48,7 @@ def alone():
     model = cases.plain()
     optimizer = cases.optimizer_of(model.named_parameters(), ns_dtype="float32")
     cases.steps(model, optimizer, 0, STEPS)
-    return shown(diagnose(optimizer))
+    return shown(diagnose(optimizer)), shown(diagnose(optimizer, gradients=True))
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -57,18 +57,21 @@ def ranks(request, tmp_path_factory):
     return run_ranks(of_all_ways, request.param, folder), folder
 
 
+def assert_shown(numbers, expected, way):
+    assert numbers.keys() == expected.keys(), way
+    for name, matrix in expected.items():
+        assert matrix["shape"] == numbers[name]["shape"]
+        for stage in ("momentum", "muon", "normuon"):
+            for quantity in ("stable_rank", "neuron_spread", "dead", "dominant"):
+                close = pytest.approx(matrix[stage][quantity], rel=1e-3, abs=1e-4)
+                assert numbers[name][stage][quantity] == close, (way, name, stage, quantity)
+
+
 def test_every_way_shows_what_one_process_shows(ranks, alone):
     found, _ = ranks
     for way in found[0]:
         for of_rank in found:
-            numbers, _, _ = of_rank[way]
-            assert numbers.keys() == alone.keys(), way
-            for name, matrix in alone.items():
-                assert matrix["shape"] == numbers[name]["shape"]
-                for stage in ("momentum", "muon", "normuon"):
-                    for quantity in ("stable_rank", "neuron_spread", "dead", "dominant"):
-                        expected = pytest.approx(matrix[stage][quantity], rel=1e-3, abs=1e-4)
-                        assert numbers[name][stage][quantity] == expected, (way, name, stage, quantity)
+            assert_shown(of_rank[way][0], alone[0], way)
 
 
 def test_ranks_divide_the_parameters(ranks):
@@ -81,12 +84,13 @@ def test_ranks_divide_the_parameters(ranks):
         assert found[0][way][2] > 0 or way == "replicated"
 
 
-def test_rank_zero_writes_the_reports(ranks):
+def test_rank_zero_writes_reports_of_what_the_step_itself_made(ranks, alone):
+    """The steps look ahead (Nesterov), and the hook has their gradients."""
     found, folder = ranks
-    for way, (numbers, _, _) in found[0].items():
+    for way in found[0]:
         (file,) = (folder / way).iterdir()
-        written = json.loads(file.read_text())["matrices"]
-        assert {matrix["name"].split(".")[-1] for matrix in written} == numbers.keys()
+        written = {matrix["name"].split(".")[-1]: matrix for matrix in json.loads(file.read_text())["matrices"]}
+        assert_shown(written, alone[1], way)
 
 
 def plain_replicas():
@@ -102,4 +106,4 @@ def plain_replicas():
 def test_replicas_of_ddp_divide_the_work(alone):
     for ranks, numbers in run_ranks(plain_replicas, 2):
         assert ranks == (0, 1)
-        assert numbers.keys() == alone.keys()
+        assert_shown(numbers, alone[0], "ddp")
