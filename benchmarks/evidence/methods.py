@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,14 +27,13 @@ class Method:
 
     Attributes:
         name: Unique, as printed.
-        options: Of NorMuon, where they differ from its defaults; None is AdamW on everything. ``orthogonalizer`` names
-            one of ``ORTHOGONALIZERS``.
+        options: Of NorMuon; None is AdamW on everything. ``orthogonalizer`` names one of ``ORTHOGONALIZERS``.
         unit: How a learning rate of this method compares with that of an update of RMS 0.2, as a function of the width:
             where tuning begins.
     """
 
     name: str
-    options: dict[str, Any] | None = field(default_factory=dict)
+    options: dict[str, Any] | None
     unit: Callable[[int], float] = lambda width: 1.0
 
 
@@ -48,17 +47,27 @@ def _unit_norm(width: int) -> float:
     return 0.2 * width
 
 
+# Spelled out, so that a changed default of NorMuon changes no method: the ledger knows methods by name.
+PAPER = {
+    "normalize_neurons": True,
+    "nesterov": False,
+    "adjust_lr_fn": "match_rms_adamw",
+    "ns_coefficients": "muon",
+    "cautious_weight_decay": False,
+}
+MUON = {**PAPER, "normalize_neurons": False}
+
 METHODS = (
     Method("AdamW", None),
-    Method("Muon", {"normalize_neurons": False}),
-    Method("Muon, Nesterov", {"normalize_neurons": False, "nesterov": True}),
-    Method("NorMuon"),
-    Method("NorMuon, Nesterov", {"nesterov": True}),
-    Method("NorMuon, original scaling", {"adjust_lr_fn": "original"}, _original),
-    Method("NorMuon, Polar Express", {"ns_coefficients": "polar_express"}),
-    Method("NorMuon, cautious decay", {"cautious_weight_decay": True}),
-    Method("REG", {"normalize_neurons": False, "orthogonalizer": "reg"}),
-    Method("AuON", {"normalize_neurons": False, "orthogonalizer": "auon", "adjust_lr_fn": "original"}, _unit_norm),
+    Method("Muon", MUON),
+    Method("Muon, Nesterov", {**MUON, "nesterov": True}),
+    Method("NorMuon", PAPER),
+    Method("NorMuon, Nesterov", {**PAPER, "nesterov": True}),
+    Method("NorMuon, original scaling", {**PAPER, "adjust_lr_fn": "original"}, _original),
+    Method("NorMuon, Polar Express", {**PAPER, "ns_coefficients": "polar_express"}),
+    Method("NorMuon, cautious decay", {**PAPER, "cautious_weight_decay": True}),
+    Method("REG", {**MUON, "orthogonalizer": "reg"}),
+    Method("AuON", {**MUON, "orthogonalizer": "auon", "adjust_lr_fn": "original"}, _unit_norm),
 )
 
 
