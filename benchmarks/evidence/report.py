@@ -14,6 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from compare_optimizers import steps_to_reach
+from matplotlib.axes import Axes
 from rich.console import Console
 
 from evidence.intervals import Interval, confidence, holm, paired_p, prediction
@@ -153,27 +154,52 @@ def markdown(comparison: Comparison, summary: dict[str, Any]) -> str:
 
 
 def draw_curves(comparison: Comparison, file: Path) -> None:
-    """Draw the mean loss by step with its interval: all of the run, and how far from AdamW at its end."""
-    figure, (curves, ends) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    for index, name in enumerate(comparison.methods):
-        steps = [int(step) for step in comparison.methods[name]["curves"][0]]
-        bands = [confidence([curve[str(step)] for curve in comparison.methods[name]["curves"]]) for step in steps]
-        color, style = f"C{index % 10}", "--" if name == "AdamW" else "-"
-        curves.plot(steps, [band.mean for band in bands], style, color=color, label=name, linewidth=1.2)
-        curves.fill_between(steps, [band.low for band in bands], [band.high for band in bands], color=color, alpha=0.15)
-    curves.set_xlabel("optimizer step")
+    """Draw mean losses by step, their differences from AdamW's by seed, and where they end, all with intervals."""
+    figure, (curves, apart, ends) = plt.subplots(1, 3, figsize=(17, 5), layout="constrained")
+    reference = comparison.methods.get("AdamW", {}).get("curves")
+    names = list(comparison.methods)
+    for index, name in enumerate(names):
+        found, color = comparison.methods[name]["curves"], f"C{index % 10}"
+        steps = list(found[0])
+        _band(curves, steps, [[curve[step] for curve in found] for step in steps], color, name)
+        if reference is not None and name != "AdamW":
+            pairs = [
+                [ours[step] - theirs[step] for ours, theirs in zip(found, reference, strict=True)] for step in steps
+            ]
+            _band(apart, steps, pairs, color, name)
+        mean, low, high = confidence(comparison.finals(name))
+        place = len(names) - index
+        ends.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=3)
     curves.set_ylabel("validation loss (nats per token)")
     curves.legend(fontsize="small")
-    names = list(comparison.methods)[::-1]
-    for place, name in enumerate(names):
-        mean, low, high = confidence(comparison.finals(name))
-        color = f"C{list(comparison.methods).index(name) % 10}"
-        ends.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=3)
-    ends.set_yticks(range(len(names)), names)
-    ends.set_xlabel("final validation loss, mean and 95 % interval")
-    figure.suptitle(f"{comparison.size}, text: {comparison.text}, {len(comparison.seeds)} seeds, rates tuned for each")
-    figure.savefig(file, dpi=120)
+    apart.set_ylabel("validation loss minus AdamW's at the same step")
+    apart.axhline(0.0, color="C0", linestyle="--", linewidth=1.2)
+    if reference is not None:  # the first steps differ by more than anything later
+        settled = [step for step in steps if int(step) > comparison.steps / 4]
+        heights = [
+            ours[step] - theirs[step]
+            for found in comparison.methods.values()
+            for ours, theirs in zip(found["curves"], reference, strict=True)
+            for step in settled
+        ]
+        apart.set_ylim(min(heights) - 0.02, max(heights) + 0.02)
+    for axes in (curves, apart):
+        axes.set_xlabel("optimizer step")
+    ends.set_yticks(range(len(names), 0, -1), names)
+    ends.set_xlabel("final validation loss")
+    seeds = len(comparison.seeds)
+    words = f"{comparison.size}, text: {comparison.text}, {comparison.steps} steps"
+    figure.suptitle(f"{words}; means and 95 % intervals of {seeds} seeds")
+    figure.savefig(file, dpi=100)
     plt.close(figure)
+
+
+def _band(axes: Axes, steps: Sequence[str], values: Sequence[Sequence[float]], color: str, label: str) -> None:
+    """Draw the mean of the values at each step, and its interval."""
+    places, bands = [int(step) for step in steps], [confidence(each) for each in values]
+    style = "--" if label == "AdamW" else "-"
+    axes.plot(places, [band.mean for band in bands], style, color=color, label=label, linewidth=1.2)
+    axes.fill_between(places, [band.low for band in bands], [band.high for band in bands], color=color, alpha=0.12)
 
 
 def draw_grids(comparison: Comparison, file: Path) -> None:
@@ -188,10 +214,13 @@ def draw_grids(comparison: Comparison, file: Path) -> None:
             values = sorted(best)
             index = list(comparison.methods).index(name)
             axes.plot(values, [best[value] for value in values], marker=".", color=f"C{index % 10}", label=name)
-        axes.set_xscale("log" if knob != "weight_decay" else "linear")
+        if knob == "weight_decay":
+            axes.set_xscale("symlog", linthresh=0.1)  # zero is on the grid
+        else:
+            axes.set_xscale("log", base=2)
         axes.set_xlabel(knob)
     floor = min(run["loss"] for name in names for run in comparison.methods[name]["tried"])
-    rows[0][0].set_ylim(floor - 0.03, floor + 0.7)
+    rows[0][0].set_ylim(floor - 0.03, floor + 0.4)
     rows[0][0].set_ylabel("final validation loss, best of the other knobs")
     rows[0][-1].legend(fontsize="x-small")
     figure.suptitle(f"Tuning runs, {comparison.size}, text: {comparison.text}, one seed")
