@@ -20,23 +20,26 @@ def watch_for_lost_parameters(optimizer: Optimizer, model: nn.Module, names: Seq
     """Make the first step raise ``RuntimeError`` where a parameter of ``names`` is no longer the model's.
 
     Args:
-        optimizer: Its groups have ``param_names``. The check leaves it after the first step, and does not travel with
-            copies or through pickle.
+        optimizer: Its groups have ``param_names``. The check is done once, and does not travel with copies or through
+            pickle.
         model: The model it was built for; not kept alive.
         names: FQNs of the parameters to ask about. Others, added later, may belong to no model.
     """
     watched = weakref.ref(model)
     planned = set(names)
+    asked = False
 
     def check(stepped: Optimizer, *_: Any) -> None:
+        nonlocal asked
         current = watched()
-        if current is not None:
+        if not asked and current is not None:
             lost = _lost(stepped, current, planned)
             if lost:
                 raise RuntimeError(_message(lost, len(planned)))
-        handle.remove()
+        # The hook stays: removed while torch goes through all hooks, it would make those of the user fail.
+        asked = True
 
-    handle = optimizer.register_step_pre_hook(check)
+    optimizer.register_step_pre_hook(check)
 
 
 def warn_of_nothing_to_learn(param_groups: Sequence[Mapping[str, Any]]) -> None:

@@ -52,6 +52,19 @@ def test_parameters_added_by_the_user_need_not_belong_to_the_model():
     assert temperature.item() != 1
 
 
+def test_hooks_of_the_user_run_beside_the_question():
+    """The question removed its own hook once, and torch failed on the next one: OrderedDict mutated."""
+    model, loss = model_and_loss()
+    optimizer = build_normuon(model)
+    called = []
+    optimizer.register_step_pre_hook(lambda *_: called.append("before"))
+    optimizer.register_step_post_hook(lambda *_: called.append("after"))
+    for _ in range(2):
+        loss().backward()
+        optimizer.step()
+    assert called == ["before", "after"] * 2
+
+
 def test_the_question_is_asked_once():
     model, loss = model_and_loss()
     optimizer = build_normuon(model)
