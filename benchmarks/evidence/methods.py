@@ -27,7 +27,8 @@ class Method:
 
     Attributes:
         name: Unique, as printed.
-        options: Of NorMuon; None is AdamW on everything. ``orthogonalizer`` names one of ``ORTHOGONALIZERS``.
+        options: Of NorMuon; None is AdamW on everything. ``orthogonalizer`` names one of ``ORTHOGONALIZERS``,
+            and ``cautious_decay`` is ``decay_cautiously``.
         unit: How a learning rate of this method compares with that of an update of RMS 0.2, as a function of the width:
             where tuning begins.
     """
@@ -53,7 +54,6 @@ PAPER = {
     "nesterov": False,
     "adjust_lr_fn": "match_rms_adamw",
     "ns_coefficients": "muon",
-    "cautious_weight_decay": False,
 }
 MUON = {**PAPER, "normalize_neurons": False}
 
@@ -65,7 +65,7 @@ METHODS = (
     Method("NorMuon, Nesterov", {**PAPER, "nesterov": True}),
     Method("NorMuon, original scaling", {**PAPER, "adjust_lr_fn": "original"}, _original),
     Method("NorMuon, Polar Express", {**PAPER, "ns_coefficients": "polar_express"}),
-    Method("NorMuon, cautious decay", {**PAPER, "cautious_weight_decay": True}),
+    Method("NorMuon, cautious decay", {**PAPER, "cautious_decay": True}),
     Method("REG", {**MUON, "orthogonalizer": "reg"}),
     Method("AuON", {**MUON, "orthogonalizer": "auon", "adjust_lr_fn": "original"}, _unit_norm),
 )
@@ -100,7 +100,35 @@ def make_optimizer(
             {"params": [p for p in trained if id(p) not in hidden], "lr": adamw_lr, "weight_decay": 0.0},
         ]
         return torch.optim.AdamW([group for group in groups if group["params"]], betas=BETAS, fused=True)
-    options = {key: value for key, value in method.options.items() if key != "orthogonalizer"}
+    options = {key: value for key, value in method.options.items() if key not in ("orthogonalizer", "cautious_decay")}
     if "orthogonalizer" in method.options:
         options["orthogonalize_fn"] = ORTHOGONALIZERS[method.options["orthogonalizer"]]
-    return build_normuon(model, lr=lr, adamw_lr=adamw_lr, weight_decay=weight_decay, **options, **plan)
+    optimizer = build_normuon(model, lr=lr, adamw_lr=adamw_lr, weight_decay=weight_decay, **options, **plan)
+    if "cautious_decay" in method.options:
+        decay_cautiously(optimizer)
+    return optimizer
+
+
+def decay_cautiously(optimizer: Optimizer) -> None:
+    """Decay no entry that the step itself takes away from zero (Chen et al., https://arxiv.org/abs/2510.12402).
+
+    The optimizer decays nothing any more; what its groups said is done before and after every step.
+    """
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    before: dict[Tensor, Tensor] = {}
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+
+    def remember(*_: Any) -> None:
+        for group, decay in zip(optimizer.param_groups, decays, strict=True):
+            before.update({parameter: parameter.detach().clone() for parameter in group["params"] if decay})
+
+    @torch.no_grad()
+    def decay_after(*_: Any) -> None:
+        for group, decay in zip(optimizer.param_groups, decays, strict=True):
+            for parameter in group["params"] if decay else ():
+                weight = before.pop(parameter)
+                parameter.sub_(weight * (weight * (weight - parameter) >= 0) * (group["lr"] * decay))
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(decay_after)
