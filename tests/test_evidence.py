@@ -158,12 +158,28 @@ def test_all_methods_train_the_same_hidden_matrices_with_the_hidden_rate():
             names[p]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
         }
         assert rates.keys() == set(names.values())
-        hidden.add(frozenset(name for name, rate in rates.items() if rate == (0.5, 0.125)))
+        decay = 0.0 if "cautious_decay" in (method.options or {}) else 0.125  # that of a hook, not of the groups
+        hidden.add(frozenset(name for name, rate in rates.items() if rate == (0.5, decay)))
         others.add(frozenset(name for name, rate in rates.items() if rate == (0.25, 0.0)))
     assert len(hidden) == len(others) == 1
     assert {name.split(".")[-2] for name in next(iter(hidden))} == {
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     }
+
+
+def test_cautious_decay_spares_what_the_step_takes_away_from_zero():
+    from evidence.methods import decay_cautiously
+
+    weight = torch.nn.Parameter(torch.tensor([2.0, -2.0, 2.0, -2.0, 0.0]))
+    spared = torch.nn.Parameter(torch.tensor([2.0]))
+    groups = [{"params": [weight], "weight_decay": 0.5}, {"params": [spared], "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    decay_cautiously(optimizer)
+    weight.grad, spared.grad = torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0]), torch.tensor([1.0])
+    optimizer.step()
+    # towards zero in the first and the fourth: those decay by 0.1 * 0.5 * 2
+    torch.testing.assert_close(weight.detach(), torch.tensor([1.8, -2.1, 2.1, -1.8, -0.1]))
+    torch.testing.assert_close(spared.detach(), torch.tensor([1.9]))
 
 
 def test_all_methods_see_the_same_examples_in_the_same_order():

@@ -35,7 +35,6 @@ def test_our_options():
     assert names(NorMuon)[len(names(torch.optim.Muon)) :] == [
         "beta2",
         "normalize_neurons",
-        "cautious_weight_decay",
         "adamw_lr",
         "adamw_betas",
         "adamw_eps",

@@ -27,7 +27,6 @@ GROUP_KEYS = {
     "normuon": {
         "lr": "lr",
         "weight_decay": "weight_decay",
-        "cautious_weight_decay": "cautious_weight_decay",
         "momentum": "momentum",
         "nesterov": "nesterov",
         "ns_coefficients": "ns_coefficients",
@@ -73,7 +72,6 @@ def _are_numbers(value: Any, count: int, is_right: Callable[[Any], bool]) -> boo
 CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr": (_is_rate, "a number, at least 0, or a one-element tensor"),
     "weight_decay": (_is_size, "a number, at least 0"),
-    "cautious_weight_decay": (lambda value: isinstance(value, bool), "True or False"),
     "momentum": (_is_decay, "a number in [0, 1)"),
     "nesterov": (lambda value: isinstance(value, bool), "True or False"),
     "ns_coefficients": (

@@ -62,8 +62,6 @@ class NorMuon(Optimizer):
             norm and shape factor (the authors' code).
         beta2: Decay of the second moment of each neuron, in ``[0, 1)``.
         normalize_neurons: False is plain Muon from the same code.
-        cautious_weight_decay: No decay of an entry that the step itself takes away from zero (Chen et al.,
-            https://arxiv.org/abs/2510.12402).
         adamw_lr: Learning rate of the AdamW groups; None means ``lr``.
         adamw_betas: Betas of the AdamW groups.
         adamw_eps: Epsilon of the AdamW groups.
@@ -130,7 +128,6 @@ class NorMuon(Optimizer):
         *,
         beta2: float = 0.95,
         normalize_neurons: bool = True,
-        cautious_weight_decay: bool = False,
         adamw_lr: float | Tensor | None = None,
         adamw_betas: Sequence[float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,

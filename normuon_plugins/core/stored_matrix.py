@@ -80,10 +80,7 @@ class StoredMatrix:
         return nesterov_update(piece, gradient, momentum=momentum) if self.group["nesterov"] else piece
 
     def write(self, field: int, cut: Cut, value: Tensor) -> None:
-        """Take a piece of the neuron state, or move: ``W <- (1 - lr * weight_decay) * W - lr * direction``.
-
-        With ``cautious_weight_decay`` the first factor is 1 where the step takes the weight away from zero.
-        """
+        """Take a piece of the neuron state, or move: ``W <- (1 - lr * weight_decay) * W - lr * direction``."""
         if field == NEURONS:
             cut(self.second_momentum_buffer).copy_(value)
         elif self.compensation is None:
@@ -103,12 +100,7 @@ class StoredMatrix:
         lr, direction = self.group["lr"], value.to(weight.device)
         if weight.device.type == "cpu":  # whose loops over two dtypes are slow: 2.3 ms against 0.6 for 768 x 3072
             direction = direction.to(weight.dtype)
-        decay = lr * self.group["weight_decay"]
-        if self.group["cautious_weight_decay"]:
-            # Everywhere but where the step itself takes the weight away from zero.
-            weight.sub_(weight * (direction * weight >= 0) * decay)
-        else:
-            weight.mul_(1 - decay)
+        weight.mul_(1 - lr * self.group["weight_decay"])
         if isinstance(lr, Tensor):  # reading its value would synchronize a GPU
             weight.sub_(direction.to(weight.dtype) * lr)
         else:

@@ -80,7 +80,6 @@ WRITTEN = {
     "bucket_bytes": ("1000000", 1000000),
     "eps": ("1e-9", 1e-9),
     "kahan_sum": ("true", True),
-    "cautious_weight_decay": ("true", True),
     "compile": ("true", True),
     "lora": ("b", "b"),
     "momentum": ("0.9", 0.9),

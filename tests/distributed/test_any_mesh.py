@@ -15,7 +15,7 @@ WORLDS = (1, 2, 3, 4)
 OPTIONS = {
     "defaults": {},
     "small buckets": {"bucket_bytes": 400},
-    "redundant replicas, cautious decay": {"replicas": "redundant", "nesterov": False, "cautious_weight_decay": True},
+    "redundant replicas": {"replicas": "redundant", "nesterov": False},
     "float32 products, original scale": {"ns_dtype": "float32", "adjust_lr_fn": "original", "bucket_bytes": 1000},
 }
 STEPS = 4
