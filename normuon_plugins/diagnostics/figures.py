@@ -90,7 +90,7 @@ def of_layer(matrices: Sequence[MatrixDiagnosis]) -> Figure:
     """Draw the distributions of each matrix of one layer."""
     return _rows(
         {
-            f"{matrix.name}\n{matrix.shape[0]} x {matrix.shape[1]}": {
+            f"{matrix.name.removeprefix(layer_of(matrix) + '.')}\n{matrix.shape[0]} x {matrix.shape[1]}": {
                 name: (_relative(stage.singular_values), _relative(stage.neuron_norms))
                 for name, stage in matrix.stages.items()
             }
