@@ -3,8 +3,9 @@
 python benchmarks/across.py docs/evidence/convergence-2m-*.json
 python benchmarks/across.py docs/evidence/convergence-2m-*.json --check benchmarks/results/convergence-2m-mine.json
 
-Every file is a result of convergence.py. The interval for another text treats the texts as a sample of texts, so it
-holds what differs between texts beside what differs between seeds; from few texts it is wide.
+Every file is a result of convergence.py. The interval is that of one further run, from all seeds on all texts: it holds
+what differs between seeds and what differs between these texts. The mean of several seeds on another text should lie
+inside, unless that text is unlike all of these.
 """
 
 from __future__ import annotations
@@ -12,15 +13,40 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from evidence.intervals import Interval, prediction
+from evidence.intervals import prediction
 from evidence.report import Comparison
 from rich.console import Console
 
 REFERENCES = ("AdamW", "Muon")
+
+
+class Quantity(NamedTuple):
+    """One row of the table.
+
+    Attributes:
+        label: As printed.
+        names: Methods that a comparison must have.
+        values: Of a comparison, one per seed; None where a seed has none.
+        form: Of a number.
+    """
+
+    label: str
+    names: set[str]
+    values: Callable[[Comparison], list[float | None]]
+    form: str
+
+    def of(self, comparison: Comparison) -> list[float] | None:
+        """Return the value of every seed, None unless there is one for each."""
+        if not self.names <= comparison.methods.keys():
+            return None
+        values = self.values(comparison)
+        return None if None in values else [value for value in values if value is not None]
 
 
 def read(file: Path) -> Comparison:
@@ -29,61 +55,57 @@ def read(file: Path) -> Comparison:
     return Comparison(**{field.name: record[field.name] for field in fields(Comparison)})
 
 
-def shares(comparison: Comparison, name: str) -> float | None:
-    """Return the mean share of steps saved, None where some seed did not reach AdamW's final loss."""
-    saved = comparison.saved_steps(name)
-    return None if None in saved else statistics.fmean(share for share in saved if share is not None)
+def quantities(names: Sequence[str]) -> list[Quantity]:
+    """Return differences from every reference, and the steps to AdamW's final loss."""
+    rows = [
+        Quantity(
+            f"{name}: loss minus {reference}'s",
+            {name, reference},
+            partial(Comparison.differences, name=name, reference=reference),
+            "{:+.4f}",
+        )
+        for reference in REFERENCES
+        for name in names
+        if name != reference
+    ]
+    return rows + [
+        Quantity(
+            f"{name}: steps to AdamW's final loss",
+            {name, "AdamW"},
+            partial(Comparison.saved_steps, name=name),
+            "{:+.1%}",
+        )
+        for name in names
+        if name != "AdamW"
+    ]
 
 
 def markdown(comparisons: Sequence[Comparison], checked: Sequence[Comparison] = ()) -> str:
-    """Return the table: a row per method and quantity, a column per text, and the interval for another text.
+    """Return the table: a row per method and quantity, a column per text, and the interval for another run.
 
     Args:
-        comparisons: That the interval is made of; methods that all of them have.
-        checked: Further ones: whether their value lies in the interval.
+        comparisons: That the interval is made of.
+        checked: Further ones: whether the mean of each lies in the interval.
     """
-    common = [name for name in comparisons[0].methods if all(name in each.methods for each in comparisons)]
-    quantities = []
-    for reference in REFERENCES:
-        for name in common:
-            if name != reference and reference in common:
-                quantities.append(
-                    (
-                        f"{name}: loss minus {reference}'s",
-                        lambda each, name=name, reference=reference: (
-                            statistics.fmean(each.differences(name, reference))
-                            if {name, reference} <= each.methods.keys()
-                            else None
-                        ),
-                        "{:+.4f}",
-                    )
-                )
-    quantities += [
-        (
-            f"{name}: steps to AdamW's final loss",
-            lambda each, name=name: shares(each, name) if {name, "AdamW"} <= each.methods.keys() else None,
-            "{:+.1%}",
-        )
-        for name in common
-        if name != "AdamW" and "AdamW" in common
-    ]
     texts = [each.text for each in comparisons]
     lines = [
-        f"| | {' | '.join(texts)} | another text, 95 % |" + "".join(f" {each.text}: inside? |" for each in checked),
+        f"| | {' | '.join(texts)} | one more run, 95 % |" + "".join(f" {each.text}: inside? |" for each in checked),
         "| --- |" + " --- |" * (len(texts) + 1 + len(checked)),
     ]
-    for label, value, form in quantities:
-        values = [value(each) for each in comparisons]
-        if any(found is None for found in values):
+    for row in quantities(list(comparisons[0].methods)):
+        found = [row.of(each) for each in comparisons]
+        samples = [values for values in found if values is not None]
+        if len(samples) < len(found):
             continue
-        expected: Interval = prediction([found for found in values if found is not None], 1)
-        cells = [form.format(found) for found in values]
-        cells.append(f"{form.format(expected.low)} to {form.format(expected.high)}")
+        expected = prediction([value for values in samples for value in values], 1)
+        cells = [row.form.format(statistics.fmean(values)) for values in samples]
+        cells.append(f"{row.form.format(expected.low)} to {row.form.format(expected.high)}")
         for each in checked:
-            found = value(each)
-            inside = found is not None and expected.low <= found <= expected.high
-            cells.append("" if found is None else f"{form.format(found)}, {'yes' if inside else 'no'}")
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+            values = row.of(each)
+            mean = statistics.fmean(values) if values else None
+            inside = mean is not None and expected.low <= mean <= expected.high
+            cells.append("" if mean is None else f"{row.form.format(mean)}, {'yes' if inside else 'no'}")
+        lines.append(f"| {row.label} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -93,8 +115,9 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="+", help="results of convergence.py, one per text")
     parser.add_argument("--check", type=Path, nargs="*", default=[], help="further results, held against the interval")
     args = parser.parse_args()
-    if len(args.files) < 2:
-        parser.error("an interval over texts needs at least two of them")
+    for file in [*args.files, *args.check]:
+        if not file.is_file():
+            parser.error(f"{file}: no such file")
     table = markdown([read(file) for file in args.files], [read(file) for file in args.check])
     Console().print(table, markup=False, soft_wrap=True)
 

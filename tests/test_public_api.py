@@ -53,7 +53,7 @@ def test_our_options():
 
 def test_defaults_of_the_paper():
     defaults = {name: p.default for name, p in inspect.signature(NorMuon).parameters.items()}
-    expected = {"lr": 1e-3, "momentum": 0.95, "beta2": 0.95, "weight_decay": 0.1, "nesterov": False, "ns_steps": 5}
+    expected = {"lr": 1e-3, "momentum": 0.95, "beta2": 0.95, "weight_decay": 0.1, "nesterov": True, "ns_steps": 5}
     expected |= {"eps": 1e-8, "adjust_lr_fn": "match_rms_adamw", "ns_coefficients": "muon", "normalize_neurons": True}
     expected |= {"adamw_betas": (0.9, 0.95), "adamw_eps": 1e-8, "adamw_weight_decay": 0.0, "adamw_lr": None}
     assert {name: defaults[name] for name in expected} == expected

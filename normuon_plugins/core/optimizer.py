@@ -120,7 +120,7 @@ class NorMuon(Optimizer):
         lr: float | Tensor = 1e-3,
         weight_decay: float = 0.1,
         momentum: float = 0.95,
-        nesterov: bool = False,
+        nesterov: bool = True,
         ns_coefficients: str | Sequence[float] = "muon",
         eps: float = 1e-8,
         ns_steps: int = 5,

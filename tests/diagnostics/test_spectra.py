@@ -24,7 +24,9 @@ OPTIONS = {
 def stepped(weights, steps=3, seed=0, **options):
     """Return NorMuon after some steps with random gradients, rows over two decades, and what the last one did."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = NorMuon(weights, lr=1.0, weight_decay=0.0, ns_dtype="float32", **options)
+    optimizer = NorMuon(
+        weights, **{"lr": 1.0, "weight_decay": 0.0, "nesterov": False, "ns_dtype": "float32", **options}
+    )
     for _ in range(steps):
         moved = []
         for parameter in [parameter for group in optimizer.param_groups for parameter in group["params"]]:
