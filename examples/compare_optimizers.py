@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import torch
 from rich.console import Console
 from rich.table import Table
-from settings import OPTIMIZERS, bf16_is_fast, make_parser
+from settings import OPTIMIZERS, bf16_is_fast, learning_rates, make_parser
 from train_accelerate import Result, train
 
 LABELS = {"adamw": "AdamW", "muon": "Muon", "normuon": "NorMuon"}
@@ -63,7 +63,7 @@ def draw(results: dict[str, Result], file: Path) -> None:
     axes.axhline(results["adamw"].losses[max(results["adamw"].losses)], color="grey", linewidth=0.8, linestyle=":")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("validation loss (nats per token)")
-    axes.set_title("Same model, data, seed and learning rate")
+    axes.set_title("Same model, data and seed; rates tuned for each")
     axes.legend()
     figure.savefig(file, dpi=150)
 
@@ -72,10 +72,13 @@ def main() -> None:
     args = make_parser(__doc__.splitlines()[0]).parse_args()
     console = Console()
     precision = "bf16 autocast" if bf16_is_fast() else "float32 (no fast bf16 here)"
-    console.print(f"{args.steps} steps each, {torch.get_num_threads()} threads, {precision}, learning rate {args.lr:g}")
+    console.print(f"{args.steps} steps each, {torch.get_num_threads()} threads, {precision}")
     results = {}
     for name in OPTIMIZERS:
-        results[name] = train(Namespace(**vars(args), optim=name, output=FOLDER / name, resume=False))
+        run = Namespace(**vars(args), optim=name, output=FOLDER / name, resume=False)
+        lr, adamw_lr = learning_rates(run)
+        console.print(f"{LABELS[name]}: learning rate {lr:g} of the hidden matrices, {adamw_lr:g} of the rest")
+        results[name] = train(run)
     draw(results, FOLDER / "loss.png")
     (FOLDER / "results.json").write_text(json.dumps({name: vars(result) for name, result in results.items()}, indent=1))
     console.print(make_table(results))

@@ -18,6 +18,9 @@ from normuon_plugins import plan_parameters
 from normuon_plugins.core.orthogonalize import fast_matmul_dtype
 
 OPTIMIZERS = ("adamw", "muon", "normuon")
+# Peak learning rates of the hidden matrices and of everything else, tuned for a small Llama: docs/evidence.md. They are
+# for training from scratch; a pretrained --model wants a --lr a hundred times smaller.
+RATES = {"adamw": (4e-3, 3.2e-2), "muon": (1.6e-2, 3.2e-2), "normuon": (1.6e-2, 3.2e-2)}
 # AdamW's betas for language models, the same for every contender (NorMuon's AdamW groups have them by default).
 BETAS = (0.9, 0.95)
 
@@ -38,7 +41,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     model.add_argument("--width", type=width, default=192, help="hidden size of the small Llama, a multiple of 64")
     model.add_argument("--layers", type=int, default=4, help="layers of the small Llama")
     training = parser.add_argument_group("training")
-    training.add_argument("--lr", type=float, default=2e-3, help="peak learning rate, of all parameters")
+    training.add_argument("--lr", type=float, help="peak learning rate of the hidden matrices; RATES if absent")
+    training.add_argument("--adamw-lr", type=float, help="of everything else; --lr if absent, RATES without --lr")
     training.add_argument(
         "--weight-decay", type=float, default=0.1, help="of the hidden matrices, whatever trains them"
     )
@@ -142,22 +146,31 @@ def initialize(model: LlamaForCausalLM) -> None:
             linear.weight.normal_(std=std)
 
 
+def learning_rates(args: argparse.Namespace) -> tuple[float, float]:
+    """Return the peak learning rates of the hidden matrices and of everything else."""
+    lr, adamw_lr = RATES[args.optim] if args.lr is None else (args.lr, args.lr)
+    return lr, adamw_lr if args.adamw_lr is None else args.adamw_lr
+
+
 def make_adamw(model: nn.Module, args: argparse.Namespace, *, fused: bool = True) -> torch.optim.AdamW:
-    """Return the baseline: torch's AdamW, with weight decay on the same parameters as NorMuon's."""
+    """Return the baseline: torch's AdamW, with rates and weight decay on the same parameters as NorMuon's."""
     plan = plan_parameters(model)
     groups = [
         {
             "params": [row.parameter for row in plan if (row.algorithm == "normuon") is hidden],
+            "lr": lr,
             "weight_decay": args.weight_decay if hidden else 0.0,
         }
-        for hidden in (True, False)
+        for hidden, lr in zip((True, False), learning_rates(args), strict=True)
     ]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, fused=fused)
+    return torch.optim.AdamW(groups, betas=BETAS, fused=fused)
 
 
 def normuon_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return what ``prepare_normuon`` and ``configure_normuon`` are given; Muon is NorMuon without the neuron step."""
-    return {"lr": args.lr, "weight_decay": args.weight_decay, "normalize_neurons": args.optim == "normuon"}
+    lr, adamw_lr = learning_rates(args)
+    options = {"lr": lr, "adamw_lr": adamw_lr, "weight_decay": args.weight_decay}
+    return {**options, "normalize_neurons": args.optim == "normuon"}
 
 
 def bf16_is_fast() -> bool:

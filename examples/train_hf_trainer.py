@@ -9,7 +9,16 @@ from __future__ import annotations
 import argparse
 
 import torch
-from settings import BETAS, bf16_is_fast, make_data, make_model, normuon_options, parse_arguments, warmup_steps
+from settings import (
+    BETAS,
+    bf16_is_fast,
+    learning_rates,
+    make_data,
+    make_model,
+    normuon_options,
+    parse_arguments,
+    warmup_steps,
+)
 from transformers import Trainer, TrainingArguments, set_seed
 
 from normuon_plugins.hf_trainer import register_normuon
@@ -21,11 +30,12 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         optimizer = {"optim": "adamw_torch_fused", "adam_beta1": BETAS[0], "adam_beta2": BETAS[1]}
     else:
         register_normuon()
-        normalize_neurons = normuon_options(args)["normalize_neurons"]
-        optimizer = {"optim": "normuon", "optim_args": f"normalize_neurons={normalize_neurons}"}
+        options = {key: normuon_options(args)[key] for key in ("adamw_lr", "normalize_neurons")}
+        words = ",".join(f"{key}={value}" for key, value in options.items())
+        optimizer = {"optim": "normuon", "optim_args": words}
     return TrainingArguments(
         output_dir=str(args.output),
-        learning_rate=args.lr,
+        learning_rate=learning_rates(args)[0],  # under AdamW of all parameters: the Trainer has one rate
         weight_decay=args.weight_decay,
         **optimizer,
         lr_scheduler_type="cosine",

@@ -369,6 +369,72 @@ def test_large_model_without_a_gpu_says_that_it_is_skipped(root, tmp_path):
     assert "skipped: 124 million parameters need a GPU" in execute(root, tmp_path, "convergence.py", "--size", "124m")
 
 
+# the page ----------------------------------------------------------------------------------------
+
+
+def page_lines(root):
+    return set((root / "docs" / "evidence.md").read_text().splitlines())
+
+
+def assert_on_page(root, table):
+    missing = [line for line in table.splitlines() if line.startswith("|") and line not in page_lines(root)]
+    assert not missing
+
+
+def published(root):
+    return sorted((root / "docs" / "evidence").glob("convergence-*.json"))
+
+
+def test_tables_of_comparisons_on_the_page_are_those_of_the_results(root):
+    from across import read
+    from evidence.report import markdown, summarize
+
+    files = published(root)
+    assert len(files) >= 2
+    for file in files:
+        comparison = read(file)
+        assert_on_page(root, markdown(comparison, summarize(comparison)))
+
+
+def test_other_tables_on_the_page_are_those_of_the_results(root):
+    import finetuning
+    import transfer
+
+    record = json.loads((root / "docs" / "evidence" / "transfer.json").read_text())
+    valleys = {
+        name: [
+            transfer.Valley(each["method"], each["width"], {float(k): v for k, v in each["losses"].items()})
+            for each in several
+        ]
+        for name, several in record["valleys"].items()
+    }
+    assert_on_page(root, transfer.markdown(valleys, record["seeds"]))
+    record = json.loads((root / "docs" / "evidence" / "finetuning.json").read_text())
+    assert_on_page(root, finetuning.markdown(record["arms"], record["seeds"]))
+
+
+def test_published_rates_are_the_optima_of_the_published_tuning(root):
+    for file in published(root):
+        record = json.loads(file.read_text())
+        for name, method in record["methods"].items():
+            if method["tried"]:
+                best = min(method["tried"], key=lambda run: run["loss"])
+                assert all(best[key] == method["settings"][key] for key in ("lr", "adamw_lr", "weight_decay")), name
+
+
+def test_interval_of_another_run_is_made_of_all_seeds(root):
+    from across import markdown, read
+    from evidence.intervals import prediction
+
+    comparisons = [read(file) for file in published(root) if "-2m-" in file.name][:2]
+    values = [value for each in comparisons for value in each.differences("NorMuon", "AdamW")]
+    low, high = prediction(values, 1)[1:]
+    table = markdown(comparisons, comparisons[:1])
+    (line,) = [line for line in table.splitlines() if line.startswith("| NorMuon: loss minus AdamW's")]
+    assert f"{low:+.4f} to {high:+.4f}" in line
+    assert line.endswith(f"{statistics.fmean(values[:5]):+.4f}, yes |")
+
+
 # the orthogonalizers of the examples -------------------------------------------------------------
 
 
