@@ -51,7 +51,7 @@ class NorMuon(Optimizer):
     Args:
         params: Parameters, ``(name, parameter)`` pairs, or groups. Names make the error messages better.
         lr: Learning rate, a float or a one-element tensor. With the default ``adjust_lr_fn``, one tuned for AdamW
-            works.
+            is where to begin; docs/learning_rate.md says where to go from there.
         weight_decay: Decoupled, multiplied by ``lr``, on matrix parameters.
         momentum: Decay of the first moment, in ``[0, 1)``.
         nesterov: Look one step ahead with the same gradient.
