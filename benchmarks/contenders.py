@@ -65,7 +65,8 @@ class _Ours:
         for parameter in parameters:
             groups.setdefault("e o i" if parameter.ndim == 3 else "o i", []).append(parameter)
         described = [{"params": members, "layout": layout} for layout, members in groups.items()]
-        return NorMuon(described, lr, weight_decay, MOMENTUM, beta2=BETA2, ns_steps=NS_STEPS, **self.options)
+        options = {"nesterov": False, "beta2": BETA2, "ns_steps": NS_STEPS, **self.options}
+        return NorMuon(described, lr, weight_decay, MOMENTUM, **options)
 
 
 def _torch_muon(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> Optimizer:

@@ -30,7 +30,7 @@ from evidence.sizes import SIZES, Size
 from evidence.texts import NAMED, tokenized
 from evidence.timing import time_steps
 from evidence.training import Run, train
-from evidence.tuning import BUDGET, DECAYS, Point, tune
+from evidence.tuning import BUDGET, DECAYS, KNOBS, Point, tune
 from machine import describe_machine
 from rich.console import Console
 from settings import bf16_is_fast
@@ -58,6 +58,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--steps", type=int, help="optimizer steps of a run; the size's own if absent")
     parser.add_argument("--budget", type=int, default=BUDGET, help="tuning runs of every method")
+    parser.add_argument(
+        "--knobs", nargs="+", choices=KNOBS, default=KNOBS, help="what is tuned; the rest stays at the start"
+    )
     parser.add_argument("--workers", type=int, default=default_workers(), help="runs at once, one thread each")
     parser.add_argument("--no-timing", action="store_true", help="leave out the time of a step")
     parser.add_argument("--results", type=Path, help="file of results; benchmarks/results/convergence-SIZE.jsonl")
@@ -106,13 +109,15 @@ def run_at(point: Point, start: dict[str, float], run: Run) -> Run:
     return replace(run, lr=lr, adamw_lr=adamw_lr, weight_decay=DECAYS[point.decay])
 
 
-def search(base: Run, start: dict[str, float], ledger: Ledger, budget: int) -> Task[tuple[Run, list[Any]]]:
+def search(
+    base: Run, start: dict[str, float], ledger: Ledger, budget: int, knobs: Sequence[str]
+) -> Task[tuple[Run, list[Any]]]:
     """Tune the method of ``base``; see ``Pool`` and ``tune``.
 
     Returns:
         The best run, and every run that was tried with its loss.
     """
-    steps = tune(Point(decay=DECAYS.index(start["weight_decay"])), budget)
+    steps = tune(Point(decay=DECAYS.index(start["weight_decay"])), budget, knobs)
     losses: dict[Point, float] = {}
     wanted = next(steps)
     while True:
@@ -126,7 +131,14 @@ def search(base: Run, start: dict[str, float], ledger: Ledger, budget: int) -> T
 
 
 def compare(
-    base: Run, seeds: Sequence[int], ledger: Ledger, *, tuned: Any, start: dict[str, float], budget: int
+    base: Run,
+    seeds: Sequence[int],
+    ledger: Ledger,
+    *,
+    tuned: Any,
+    start: dict[str, float],
+    budget: int,
+    knobs: Sequence[str],
 ) -> Task[Any]:
     """Tune the method of ``base`` unless its rates are known, then train at the optimum; see ``Pool``.
 
@@ -135,7 +147,7 @@ def compare(
     """
     settings, tried = tuned, []
     if settings is None:
-        best, tried = yield from search(base, start, ledger, budget)
+        best, tried = yield from search(base, start, ledger, budget, knobs)
         settings = {key: getattr(best, key) for key in RATES} | {"runs": len(tried)}
     rates = {key: settings[key] for key in RATES}
     final = [replace(base, **rates, seed=seed, evaluations=EVALUATIONS) for seed in seeds]
@@ -186,6 +198,7 @@ def main() -> None:
             tuned=tuned and tuned["methods"][method.name],
             start=starting_rates(method, size.width, start),
             budget=args.budget,
+            knobs=args.knobs,
         )
         for method in methods
     ]

@@ -30,11 +30,11 @@ def execute(root, folder, program, *arguments):
 # tuning ------------------------------------------------------------------------------------------
 
 
-def search(loss, budget=14):
+def search(loss, budget=14, **options):
     """Return the optimum that ``tune`` finds for a function of a point, and all points that it tried."""
     from evidence.tuning import Point, tune
 
-    steps = tune(Point(), budget)
+    steps = tune(Point(), budget, **options)
     losses, wanted = {}, next(steps)
     while True:
         losses |= {point: loss(point) for point in wanted}
@@ -69,6 +69,12 @@ def test_every_method_spends_the_same_budget_unless_its_optimum_lies_far():
     near = search(lambda point: point.lr**2 + point.adamw_lr**2 + (point.decay - 1) ** 2)[1]
     assert len(near) == 1 + 6 + 4  # every neighbour and every diagonal: nothing is left to try
     assert len(search(lambda point: (point.lr - 2) ** 2 + point.adamw_lr**2 + point.decay, budget=12)[1]) <= 14
+
+
+def test_only_the_knobs_that_are_named_are_turned():
+    best, tried = search(lambda point: (point.lr - 3) ** 2 + (point.adamw_lr - 3) ** 2, knobs=("lr",))
+    assert (best.lr, best.adamw_lr, best.decay) == (3, 0, 1)
+    assert len(tried) == 6
 
 
 def test_what_diverges_is_never_the_optimum():

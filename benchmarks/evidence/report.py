@@ -129,6 +129,8 @@ def markdown(comparison: Comparison, summary: dict[str, Any]) -> str:
         saved, ratio = row.get("saved_steps"), row["step_ratio"]
         if name == "AdamW":
             share = "0 %"
+        elif "AdamW" not in comparison.methods:
+            share = ""
         elif saved is None:
             share = f"reached by {row.get('reached', 0)} of {seeds}"
         else:

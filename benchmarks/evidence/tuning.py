@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -48,22 +48,28 @@ def best_of(losses: Losses) -> Point:
     return min(losses, key=lambda point: losses[point])
 
 
-def tune(start: Point, budget: int = BUDGET) -> Generator[list[Point], Losses, Point]:
+def tune(start: Point, budget: int = BUDGET, knobs: Sequence[str] = KNOBS) -> Generator[list[Point], Losses, Point]:
     """Search for the best point: yields points to try, is sent all losses so far, and returns the best of them.
 
     One knob after the other is followed to its optimum, again until none moves: then every neighbour of the best point
     was tried and is worse. What is left of the budget goes to the diagonals of the learning rates, and a better one
     found there begins the search anew. The optimum lies inside the grid always, the budget gives way.
+
+    Args:
+        start: Where the search begins.
+        budget: Runs to spend.
+        knobs: Those to turn; the others stay at ``start``.
     """
     losses = yield [start]
     while True:
         best = best_of(losses)
-        for knob in KNOBS:
+        for knob in knobs:
             while new := [point for point in best_of(losses).neighbours((knob,)) if point not in losses]:
                 losses = yield new
         if best_of(losses) != best:
             continue
-        untried = [point for point in best.diagonals() if point not in losses]
+        diagonals = best.diagonals() if {"lr", "adamw_lr"} <= set(knobs) else []
+        untried = [point for point in diagonals if point not in losses]
         if not untried or len(losses) >= budget:
             return best
         losses = yield untried[: budget - len(losses)]

@@ -39,7 +39,8 @@ class NorMuon(Optimizer):
     https://arxiv.org/abs/2510.05491::
 
         M <- momentum * M + (1 - momentum) * G
-        O  = NewtonSchulz(M)                       or of momentum * M + (1 - momentum) * G with nesterov=True
+        U  = momentum * M + (1 - momentum) * G     or M with nesterov=False
+        O  = NewtonSchulz(U)
         v <- beta2 * v + (1 - beta2) * mean_cols(O * O)
         N  = O / (sqrt(v) + eps)
         W <- (1 - lr * weight_decay) * W - lr * scale * N
@@ -54,7 +55,7 @@ class NorMuon(Optimizer):
             is where to begin; docs/learning_rate.md says where to go from there.
         weight_decay: Decoupled, multiplied by ``lr``, on matrix parameters.
         momentum: Decay of the first moment, in ``[0, 1)``.
-        nesterov: Look one step ahead with the same gradient.
+        nesterov: Look one step ahead with the same gradient. The paper's Algorithm 1 does not; its code does.
         ns_coefficients: ``"muon"``, ``"polar_express"`` or ``(a, b, c)``.
         eps: Added to ``sqrt(v)``, in units of the orthogonalized update.
         ns_steps: Newton-Schulz steps, 1 to 99.
@@ -94,6 +95,8 @@ class NorMuon(Optimizer):
         skipped_steps: Updates of single parameters left out so far under ``nonfinite="skip"``, in this process.
 
     Differences from the paper and from the authors' code:
+        - ``nesterov=True`` is the authors' code's and Muon's. The paper's Algorithm 1 is ``nesterov=False``, which
+          trained worse in all our runs (docs/evidence.md).
         - ``adjust_lr_fn="original"`` is the authors' scaling; the default is the paper's.
         - ``p.grad`` is never written, and float32 parameters work (the authors' code writes the one and refuses the
           other).
