@@ -3,9 +3,9 @@
 python benchmarks/across.py docs/evidence/convergence-2m-*.json
 python benchmarks/across.py docs/evidence/convergence-2m-*.json --check benchmarks/results/convergence-2m-mine.json
 
-Every file is a result of convergence.py. The interval is that of one further run, from all seeds on all texts: it holds
-what differs between seeds and what differs between these texts. The mean of several seeds on another text should lie
-inside, unless that text is unlike all of these.
+Every file is a result of convergence.py, on a text of its own. A text is one observation, the mean of its seeds: what
+differs between texts is far more than what differs between seeds. The interval is that of one further text, and the
+last column says how it did so far: each text held against the interval of all others.
 """
 
 from __future__ import annotations
@@ -81,30 +81,31 @@ def quantities(names: Sequence[str]) -> list[Quantity]:
 
 
 def markdown(comparisons: Sequence[Comparison], checked: Sequence[Comparison] = ()) -> str:
-    """Return the table: a row per method and quantity, a column per text, and the interval for another run.
+    """Return the table: a row per quantity, a column per text, and the interval for another text.
 
     Args:
-        comparisons: That the interval is made of.
+        comparisons: One per text, two at least; methods that all of them have.
         checked: Further ones: whether the mean of each lies in the interval.
     """
-    texts = [each.text for each in comparisons]
-    lines = [
-        f"| | {' | '.join(texts)} | one more run, 95 % |" + "".join(f" {each.text}: inside? |" for each in checked),
-        "| --- |" + " --- |" * (len(texts) + 1 + len(checked)),
-    ]
+    titles = [each.text for each in comparisons]
+    titles += ["another text, 95 %", "left out in turn, inside", *(f"{each.text}: inside?" for each in checked)]
+    lines = [f"| | {' | '.join(titles)} |", "| --- |" + " --- |" * len(titles)]
     for row in quantities(list(comparisons[0].methods)):
-        found = [row.of(each) for each in comparisons]
-        samples = [values for values in found if values is not None]
-        if len(samples) < len(found):
+        samples = [row.of(each) for each in comparisons]
+        means = [statistics.fmean(values) for values in samples if values is not None]
+        if len(means) < len(samples):
             continue
-        expected = prediction([value for values in samples for value in values], 1)
-        cells = [row.form.format(statistics.fmean(values)) for values in samples]
+        expected = prediction(means, 1)
+        cells = [row.form.format(mean) for mean in means]
         cells.append(f"{row.form.format(expected.low)} to {row.form.format(expected.high)}")
+        others = [prediction(means[:place] + means[place + 1 :], 1) for place in range(len(means))]
+        inside = sum(other.low <= mean <= other.high for other, mean in zip(others, means, strict=True))
+        cells.append(f"{inside} of {len(means)}" if len(means) > 2 else "")
         for each in checked:
             values = row.of(each)
             mean = statistics.fmean(values) if values else None
-            inside = mean is not None and expected.low <= mean <= expected.high
-            cells.append("" if mean is None else f"{row.form.format(mean)}, {'yes' if inside else 'no'}")
+            found = mean is not None and expected.low <= mean <= expected.high
+            cells.append("" if mean is None else f"{row.form.format(mean)}, {'yes' if found else 'no'}")
         lines.append(f"| {row.label} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -115,6 +116,8 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="+", help="results of convergence.py, one per text")
     parser.add_argument("--check", type=Path, nargs="*", default=[], help="further results, held against the interval")
     args = parser.parse_args()
+    if len(args.files) < 2:
+        parser.error("an interval over texts needs at least two of them")
     for file in [*args.files, *args.check]:
         if not file.is_file():
             parser.error(f"{file}: no such file")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from corpus import (
     END_OF_TEXT,
+    VALIDATION_EVERY,
     cached,
     encode,
     load_documents,
@@ -51,10 +53,22 @@ def _headers() -> Iterator[str]:
         yield file.read_text(encoding="utf-8", errors="replace")
 
 
+def _files(folder: str, pattern: str) -> Iterator[str]:
+    """Yield files that Debian's packages install, unpacked where they are packed."""
+    for file in sorted(Path(folder).rglob(pattern)):
+        if file.is_file():
+            packed = file.read_bytes()
+            yield (gzip.decompress(packed) if file.suffix == ".gz" else packed).decode("utf-8", errors="replace")
+
+
+# The last three are there on Debian and its kin.
 NAMED = {
     "python": lambda: read_documents([standard_library()]),
     "documentation": _documentation,
     "headers": _headers,
+    "manual": lambda: _files("/usr/share/man/man1", "*.gz"),
+    "changelogs": lambda: _files("/usr/share/doc", "changelog*.gz"),
+    "perl": lambda: _files("/usr/share/perl", "*.pm"),
 }
 
 
@@ -65,11 +79,12 @@ def read_text(words: list[str]) -> list[str]:
         FileNotFoundError: If a word is neither.
         ValueError: If there are too few documents to hold some out.
     """
-    if len(words) == 1 and words[0] in NAMED:
-        documents: Iterable[str] = (document for document in NAMED[words[0]]() if document.strip())
-    else:
-        documents = load_documents([Path(word) for word in words], None)
-    return _evenly(list(documents))
+    if len(words) > 1 or words[0] not in NAMED:
+        return _evenly(load_documents([Path(word) for word in words], None))
+    documents = [document for document in NAMED[words[0]]() if document.strip()]
+    if len(documents) < VALIDATION_EVERY:
+        raise ValueError(f"--text {words[0]}: this machine has {len(documents)} such documents; give files or folders")
+    return _evenly(documents)
 
 
 def _evenly(documents: list[str]) -> list[str]:
