@@ -399,10 +399,9 @@ def test_tables_of_comparisons_on_the_page_are_those_of_the_results(root):
     from across import read
     from evidence.report import markdown, summarize
 
-    files = published(root)
-    assert len(files) >= 2
-    for file in files:
-        comparison = read(file)
+    comparisons = [each for each in map(read, published(root)) if each.text in TEXTS[:2]]
+    assert len(comparisons) >= 3
+    for comparison in comparisons:
         assert_on_page(root, markdown(comparison, summarize(comparison)))
 
 
