@@ -183,7 +183,10 @@ def main() -> None:
     size = replace(SIZES[args.size], steps=args.steps or SIZES[args.size].steps)
     cache = args.results.parent / "cache"
     console.print(f"reading {' '.join(args.text)}")
-    base = base_run(size, tokenized(args.text, size.vocabulary, cache))
+    try:
+        base = base_run(size, tokenized(args.text, size.vocabulary, cache))
+    except (OSError, ValueError) as error:
+        sys.exit(f"--text {' '.join(args.text)}: {error}")
     methods = [method for method in METHODS if re.search(args.only, method.name)]
     tuned, start = (read_rates(file, methods) for file in (args.tuned, args.start))
     if tuned is not None and tuned["size"] != args.size:

@@ -371,6 +371,16 @@ def test_impossible_arguments_end_with_a_message(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_text_that_cannot_be_divided_ends_with_a_message(root, tmp_path):
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few" / "one.md").write_text("one paragraph")
+    command = [sys.executable, str(root / "benchmarks" / "convergence.py"), "--size", "tiny", "--text", "few"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "--text few: 1 documents cannot be divided" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_large_model_without_a_gpu_says_that_it_is_skipped(root, tmp_path):
     assert "skipped: 124 million parameters need a GPU" in execute(root, tmp_path, "convergence.py", "--size", "124m")
 
