@@ -84,7 +84,7 @@ WRITTEN = {
     "lora": ("b", "b"),
     "momentum": ("0.9", 0.9),
     "momentum_dtype": ("int8", "int8"),
-    "nesterov": ("True", True),
+    "nesterov": ("False", False),
     "nonfinite": ("raise", "raise"),
     "normalize_neurons": ("false", False),
     "ns_coefficients": ("3.4:-4.7:2.0", (3.4, -4.7, 2.0)),
