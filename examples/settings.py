@@ -136,7 +136,7 @@ def initialize(model: LlamaForCausalLM) -> None:
     """Draw the weights of a Llama as torchtitan does (its ``models/llama3``).
 
     transformers draws embeddings with a standard deviation of 0.02. In a small model the first layers then drown them,
-    and AdamW hardly learns at any rate: the comparison would be one of initializations.
+    and AdamW hardly learned at any rate that was tried: the comparison would be one of initializations.
     """
     model.model.embed_tokens.weight.normal_()
     model.lm_head.weight.normal_(std=model.config.hidden_size**-0.5)
