@@ -29,7 +29,7 @@ from evidence.report import Comparison, write_report
 from evidence.sizes import SIZES, Size
 from evidence.texts import NAMED, tokenized
 from evidence.timing import time_steps
-from evidence.training import Run, train
+from evidence.training import RATES, Run, pick_device, train
 from evidence.tuning import BUDGET, DECAYS, KNOBS, Point, tune
 from machine import describe_machine
 from rich.console import Console
@@ -37,7 +37,6 @@ from settings import bf16_is_fast
 
 # Where the search begins, for every method: hidden rate in units of its own convention (Method.unit), and the other.
 START_LR, START_ADAMW_LR = 8e-3, 3.2e-2
-RATES = ("lr", "adamw_lr", "weight_decay")
 TUNING_SEED = 0
 EVALUATIONS = 12
 FOLDER = Path(__file__).parent / "results"
@@ -214,7 +213,7 @@ def main() -> None:
         size=args.size,
         base=asdict(base),
         seeds=args.seeds,
-        machine=describe_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        machine=describe_machine(pick_device()),
         methods={method.name: result for method, result in zip(methods, found, strict=True)},
         seconds=None if args.no_timing else time_steps(methods, base, cache),
     )

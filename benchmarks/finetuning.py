@@ -28,6 +28,7 @@ from evidence.pool import Pool, Task
 from evidence.sizes import SIZES
 from evidence.texts import tokenized, tokenized_by
 from evidence.training import (
+    RATES,
     Run,
     decoder,
     evaluate,
@@ -209,7 +210,7 @@ def main() -> None:
     pool = Pool(work, ledger, cache, args.workers)
     tasks = []
     for name in PRETRAINED:
-        tuned = {key: rates[name][key] for key in ("lr", "adamw_lr", "weight_decay")}
+        tuned = {key: rates[name][key] for key in RATES}
         pretraining = replace(base, method=name, **tuned)
         tasks += [compare(pretraining, arm, text, args.steps, args.seeds, ledger) for arm in ARMS]
     expected = len(PRETRAINED) * (1 + len(args.seeds)) + len(tasks) * (5 + len(args.seeds))

@@ -19,12 +19,12 @@ from rich.console import Console
 
 from evidence.intervals import Interval, confidence, holm, paired_p, prediction
 from evidence.timing import step_ratios
+from evidence.training import RATES
 
 # Against whom differences are given, where they take part.
 REFERENCES = ("AdamW", "Muon", "NorMuon")
 # Seeds of a rerun for which the prediction interval is given.
 FRESH_SEEDS = 5
-TUNED = ("lr", "adamw_lr", "weight_decay")
 
 
 @dataclass(frozen=True)
@@ -207,8 +207,8 @@ def _band(axes: Axes, steps: Sequence[str], values: Sequence[Sequence[float]], c
 def draw_grids(comparison: Comparison, file: Path) -> None:
     """Draw, for every method and knob, the best loss that was found at each of its values."""
     names = [name for name, found in comparison.methods.items() if found["tried"]]
-    figure, rows = plt.subplots(1, len(TUNED), figsize=(13, 4.5), sharey=True, layout="constrained", squeeze=False)
-    for knob, axes in zip(TUNED, rows[0], strict=True):
+    figure, rows = plt.subplots(1, len(RATES), figsize=(13, 4.5), sharey=True, layout="constrained", squeeze=False)
+    for knob, axes in zip(RATES, rows[0], strict=True):
         for name in names:
             best: dict[float, float] = {}
             for run in comparison.methods[name]["tried"]:

@@ -19,6 +19,8 @@ from transformers import get_cosine_schedule_with_warmup
 from evidence.methods import find_method, make_optimizer
 from evidence.sizes import Size
 
+# What is tuned of a run.
+RATES = ("lr", "adamw_lr", "weight_decay")
 WARMUP = 0.1
 GRADIENT_NORM = 1.0
 # Examples whose loss is the validation loss: the same for every run on a text.
