@@ -17,6 +17,7 @@ from normuon_plugins.core.layout import parse_layout
 from normuon_plugins.core.momentum import stored_momentum
 from normuon_plugins.core.optimizer import NorMuon
 from normuon_plugins.core.update_rules import nesterov_update
+from normuon_plugins.core.wrappers import find_normuon
 from normuon_plugins.diagnostics.report import check_target, write_report
 from normuon_plugins.diagnostics.spectra import PER_PARAMETER, Diagnosis, MatrixDiagnosis, diagnose_parameter
 from normuon_plugins.distributed.placement import compute_device, local, locate, my_rank
@@ -146,12 +147,12 @@ def unwrap(optimizer: Any) -> NorMuon:
     Raises:
         TypeError: If there is none.
     """
-    inner = optimizer
-    while hasattr(inner, "optimizer"):
-        inner = inner.optimizer
-    if not isinstance(inner, NorMuon):
+    found = find_normuon(optimizer)
+    if found is None:
+        inner = getattr(optimizer, "optimizer", optimizer)
         raise TypeError(f"diagnostics look at a NorMuon; this is a {type(inner).__name__}.")
-    return inner
+    # Fabric's wrapper is a NorMuon by its class; the hooks that run are those of the optimizer inside.
+    return getattr(found, "optimizer", found)
 
 
 def _known_gradients(optimizer: NorMuon) -> set[str]:

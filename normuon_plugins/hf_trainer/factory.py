@@ -31,13 +31,6 @@ class NorMuonFactory:
         return build_normuon(model, **options)
 
 
-def find_normuon(optimizer: Any) -> NorMuon | None:
-    """Return the NorMuon inside the wrappers of a framework (``AcceleratedOptimizer``), or None."""
-    while optimizer is not None and not isinstance(optimizer, NorMuon):
-        optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer
-
-
 def _refuse_flat_shards(model: nn.Module) -> None:
     """Raise ``ValueError`` where the Trainer would train flat pieces; the remedy is in the Trainer's words."""
     if deepspeed_config() is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from normuon_plugins.hf_trainer.factory import find_normuon
+from normuon_plugins.core.wrappers import find_normuon
 
 
 class NorMuonMetrics(TrainerCallback):  # type: ignore[misc]  # mypy does not follow transformers

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from normuon_plugins.hf_trainer.factory import find_normuon
+from normuon_plugins.core.wrappers import find_normuon
 
 KEY = "adamw_learning_rate"
 
