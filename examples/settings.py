@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from corpus import Blocks, load_corpus
 from torch import nn
 from torch.utils.data import Subset
@@ -177,3 +180,17 @@ def bf16_is_fast() -> bool:
     """Return whether training should run under bf16 autocast on this machine."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return fast_matmul_dtype(device) == torch.bfloat16
+
+
+def end_processes() -> None:
+    """Leave the process group, as the last thing that one of several processes does.
+
+    A thread of gloo that lets go of the tensors of the last collective needs the interpreter for a moment. Where the
+    interpreter is ending already, that aborts the process ("terminate called without an active exception"), also after
+    ``destroy_process_group()`` where something still refers to the group, as a DDP model and the caches of DTensor do:
+    https://github.com/pytorch/pytorch/pull/179291.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        time.sleep(0.5)
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

@@ -14,7 +14,16 @@ from dataclasses import dataclass, field
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from settings import bf16_is_fast, make_adamw, make_data, make_model, normuon_options, parse_arguments, warmup_steps
+from settings import (
+    bf16_is_fast,
+    end_processes,
+    make_adamw,
+    make_data,
+    make_model,
+    normuon_options,
+    parse_arguments,
+    warmup_steps,
+)
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
@@ -129,6 +138,7 @@ def endless(accelerator: Accelerator, loader: DataLoader, skip: int):
 
 def main() -> None:
     train(parse_arguments(__doc__.splitlines()[0], checkpoint="random_states_0.pkl"))
+    end_processes()
 
 
 if __name__ == "__main__":

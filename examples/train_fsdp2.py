@@ -17,7 +17,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from settings import make_adamw, make_data, make_model, normuon_options, parse_arguments, warmup_steps
+from settings import (
+    end_processes,
+    make_adamw,
+    make_data,
+    make_model,
+    normuon_options,
+    parse_arguments,
+    warmup_steps,
+)
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -146,7 +154,7 @@ def main() -> None:
     try:
         train(args, device)
     finally:
-        dist.destroy_process_group()
+        end_processes()
 
 
 if __name__ == "__main__":

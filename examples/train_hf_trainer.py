@@ -12,6 +12,7 @@ import torch
 from settings import (
     BETAS,
     bf16_is_fast,
+    end_processes,
     learning_rates,
     make_data,
     make_model,
@@ -66,6 +67,7 @@ def main() -> None:
     loss = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
         print(f"validation loss {loss:.4f} after {trainer.state.global_step} steps; saved in {args.output}")
+    end_processes()
 
 
 if __name__ == "__main__":

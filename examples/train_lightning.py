@@ -14,7 +14,16 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from settings import bf16_is_fast, make_adamw, make_data, make_model, normuon_options, parse_arguments, warmup_steps
+from settings import (
+    bf16_is_fast,
+    end_processes,
+    make_adamw,
+    make_data,
+    make_model,
+    normuon_options,
+    parse_arguments,
+    warmup_steps,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
@@ -72,6 +81,7 @@ def main() -> None:
     loss = trainer.validate(module, loaders[1], verbose=False)[0]["validation_loss"]
     if trainer.is_global_zero:
         print(f"validation loss {loss:.4f} after {trainer.global_step} steps; saved in {args.output}")
+    end_processes()
 
 
 if __name__ == "__main__":

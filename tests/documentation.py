@@ -26,7 +26,7 @@ SHORT += " --vocabulary 300 --width 64 --layers 1"
 
 # What a reader has at hand where a page says train.py: a script for the Trainer that never heard of us.
 TRAIN_SCRIPT = """
-import json, sys
+import json, sys, time
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, Trainer, TrainingArguments
 import torch
 (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
@@ -39,7 +39,8 @@ optimizer = trainer.optimizer.optimizer
 if trainer.is_world_process_zero():
     layouts = sorted({group.get("layout", "-") for group in optimizer.param_groups})
     print(json.dumps([type(optimizer).__name__, layouts, arguments.world_size, __name__]))
-if torch.distributed.is_initialized():  # left open, gloo's threads may abort the process at its end
+if torch.distributed.is_initialized():  # as end_processes() of the examples does, and for its reason
+    time.sleep(0.5)
     torch.distributed.destroy_process_group()
 """
 TRAIN_OPTIONS = "--output_dir out --max_steps 1 --use_cpu --report_to none --save_strategy no"

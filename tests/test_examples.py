@@ -69,6 +69,25 @@ def test_program_runs_in_two_processes(root, tmp_path, corpus, trained):
     assert final_loss(run(root, tmp_path, program, *arguments, launcher=TORCHRUN)) == pytest.approx(loss, abs=0.2)
 
 
+def test_processes_end_without_an_abort_right_after_a_collective(root, tmp_path):
+    """Without the pause of ``end_processes``, one start of this program in five failed."""
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import sys
+sys.path.insert(0, {str(root / "examples")!r})
+import torch
+import torch.distributed as dist
+from settings import end_processes
+dist.init_process_group("gloo")
+group = dist.group.WORLD  # as a DDP model refers to it
+gathered = [torch.empty(200_000) for _ in range(2)]
+dist.all_gather(gathered, torch.ones(200_000))
+del gathered
+end_processes()
+""")
+    execute([*TORCHRUN, str(program)], tmp_path)
+
+
 def test_lightning_cli_runs_in_two_processes(root, tmp_path):
     command = [*TORCHRUN, str(root / "examples" / "lightning_cli.py"), "fit", "--trainer.devices", "2"]
     command += ["--config", str(root / "examples" / "lightning_cli.yaml"), "--trainer.max_steps", "6"]
