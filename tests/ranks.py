@@ -1,6 +1,8 @@
 """Run a function in several processes that form a gloo group, and bring back what they return or raise."""
 
+import faulthandler
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -27,7 +29,8 @@ def run_ranks(function, world_size, *arguments, timeout=180):
         timeout: Seconds until the processes are killed and ``TimeoutError`` names those that had not returned.
 
     Raises:
-        AssertionError: With the traceback of the first process that failed.
+        AssertionError: With the traceback of the first process that failed, and the signal that ended one without a
+            result, whose traceback is on stderr.
     """
     with tempfile.TemporaryDirectory() as folder:
         context = mp.get_context("spawn")
@@ -43,17 +46,26 @@ def run_ranks(function, world_size, *arguments, timeout=180):
             processes[min(waiting)].join(0.2)
             remaining -= 0.2
             waiting = {rank for rank in waiting if processes[rank].is_alive()}
+        crashed = "".join(
+            f"rank {rank} of {world_size} ended with {signal.Signals(-process.exitcode).name}\n"
+            for rank, process in enumerate(processes)
+            if (process.exitcode or 0) < 0 and not (Path(folder) / f"result-{rank}").exists()
+        )
         for process in processes:
             process.kill() if process.is_alive() else None
             process.join()
         for error in sorted(Path(folder).glob("error-*")):
-            raise AssertionError(f"{error.name.replace('error-', 'rank ')} of {world_size}:\n{error.read_text()}")
+            name = error.name.replace("error-", "rank ")
+            raise AssertionError(f"{crashed}{name} of {world_size}:\n{error.read_text()}")
+        if crashed:
+            raise AssertionError(crashed)
         if waiting:
             raise TimeoutError(f"ranks {sorted(waiting)} of {world_size} had not returned after {timeout} s")
         return [torch.load(Path(folder) / f"result-{rank}", weights_only=False) for rank in range(world_size)]
 
 
 def _main(function, rank, world_size, folder, arguments):
+    faulthandler.enable()
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
