@@ -42,15 +42,17 @@ from evidence.training import (
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
+# What build_normuon() gives to who says nothing else, spelled out in ``methods``.
+DEFAULT = "NorMuon, Nesterov"
 # name -> method, policy of build_normuon(lora=...) (None: all weights are trained), first learning rate to try
 ARMS = {
     "AdamW": ("AdamW", None, 1e-3),
-    "NorMuon": ("NorMuon", None, 4e-3),
-    "LoRA, adamw": ("NorMuon", "adamw", 4e-3),
-    "LoRA, normuon": ("NorMuon", "normuon", 4e-3),
-    "LoRA, b": ("NorMuon", "b", 4e-3),
+    DEFAULT: (DEFAULT, None, 4e-3),
+    "LoRA, adamw": (DEFAULT, "adamw", 4e-3),
+    "LoRA, normuon": (DEFAULT, "normuon", 4e-3),
+    "LoRA, b": (DEFAULT, "b", 4e-3),
 }
-PRETRAINED = ("AdamW", "NorMuon")
+PRETRAINED = ("AdamW", DEFAULT)
 # Hu et al., https://arxiv.org/abs/2106.09685, find ranks of 4 to 8 enough; alpha twice the rank is peft's custom.
 RANK, ALPHA = 8, 16
 FOLDER = Path(__file__).parent / "results"

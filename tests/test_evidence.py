@@ -173,6 +173,17 @@ def test_all_methods_train_the_same_hidden_matrices_with_the_hidden_rate():
     }
 
 
+def test_fine_tuning_measures_the_default_options():
+    import finetuning
+    from evidence.methods import find_method
+
+    from normuon_plugins import NorMuon
+
+    defaults = NorMuon([torch.nn.Parameter(torch.zeros(2, 2))]).defaults
+    spelled_out = find_method(finetuning.DEFAULT).options
+    assert spelled_out.items() <= defaults.items()
+
+
 def test_cautious_decay_spares_what_the_step_takes_away_from_zero():
     from evidence.methods import decay_cautiously
 
@@ -222,8 +233,9 @@ def test_documentation_holds_every_paragraph_once():
 
 # the programs ------------------------------------------------------------------------------------
 
-COMPARED = ["--size", "tiny", "--only", "^AdamW$|^NorMuon$", "--seeds", "1", "2", "3", "--budget", "1", "--no-timing"]
-COMPARED += ["--results", "runs.jsonl", "--out", "out"]
+DEFAULT = "NorMuon, Nesterov"
+COMPARED = ["--size", "tiny", "--only", "^AdamW$|^NorMuon, Nesterov$", "--seeds", "1", "2", "3", "--budget", "1"]
+COMPARED += ["--no-timing", "--results", "runs.jsonl", "--out", "out"]
 
 
 @pytest.fixture(scope="module")
@@ -249,9 +261,9 @@ def test_table_says_what_the_runs_found(compared):
         assert sorted(row["losses"]) == sorted(final)
         assert f"{statistics.fmean(final):.4f} [" in printed
     differences = [
-        a - b for a, b in zip(*(found["summary"]["methods"][n]["losses"] for n in ("NorMuon", "AdamW")), strict=True)
+        a - b for a, b in zip(*(found["summary"]["methods"][n]["losses"] for n in (DEFAULT, "AdamW")), strict=True)
     ]
-    row = found["summary"]["differences"]["AdamW"]["NorMuon"]
+    row = found["summary"]["differences"]["AdamW"][DEFAULT]
     assert row["difference"][0] == pytest.approx(statistics.fmean(differences))
     assert row["better"] == sum(difference < 0 for difference in differences)
 
@@ -350,7 +362,7 @@ def test_finetuning_compares_every_arm_on_every_pretrained_model(root, corpus, c
         rates = [float(rate) for rate in row["tried"]]
         assert min(rates) < row["lr"] < max(rates)
     trained = {row["arm"]: row["runs"][0]["trained"] for row in found}
-    assert trained["LoRA, b"] == trained["LoRA, adamw"] < trained["AdamW"] == trained["NorMuon"]
+    assert trained["LoRA, b"] == trained["LoRA, adamw"] < trained["AdamW"] == trained[DEFAULT]
 
 
 @pytest.mark.parametrize(

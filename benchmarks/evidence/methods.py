@@ -65,6 +65,7 @@ METHODS = (
     Method("NorMuon, Nesterov", {**PAPER, "nesterov": True}),
     Method("NorMuon, original scaling", {**PAPER, "adjust_lr_fn": "original"}, _original),
     Method("NorMuon, Polar Express", {**PAPER, "ns_coefficients": "polar_express"}),
+    Method("NorMuon, Nesterov, Polar Express", {**PAPER, "nesterov": True, "ns_coefficients": "polar_express"}),
     Method("NorMuon, cautious decay", {**PAPER, "cautious_decay": True}),
     Method("REG", {**MUON, "orthogonalizer": "reg"}),
     Method("AuON", {**MUON, "orthogonalizer": "auon", "adjust_lr_fn": "original"}, _unit_norm),

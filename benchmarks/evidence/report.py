@@ -23,6 +23,8 @@ from evidence.training import RATES
 
 # Against whom differences are given, where they take part.
 REFERENCES = ("AdamW", "Muon", "NorMuon")
+# Ten colours, then the same ten in a lighter tone.
+PALETTE = matplotlib.color_sequences["tab20"][::2] + matplotlib.color_sequences["tab20"][1::2]
 # Seeds of a rerun for which the prediction interval is given.
 FRESH_SEEDS = 5
 
@@ -161,7 +163,7 @@ def draw_curves(comparison: Comparison, file: Path) -> None:
     reference = comparison.methods.get("AdamW", {}).get("curves")
     names = list(comparison.methods)
     for index, name in enumerate(names):
-        found, color = comparison.methods[name]["curves"], f"C{index % 10}"
+        found, color = comparison.methods[name]["curves"], PALETTE[index % len(PALETTE)]
         steps = list(found[0])
         _band(curves, steps, [[curve[step] for curve in found] for step in steps], color, name)
         if reference is not None and name != "AdamW":
@@ -196,7 +198,7 @@ def draw_curves(comparison: Comparison, file: Path) -> None:
     plt.close(figure)
 
 
-def _band(axes: Axes, steps: Sequence[str], values: Sequence[Sequence[float]], color: str, label: str) -> None:
+def _band(axes: Axes, steps: Sequence[str], values: Sequence[Sequence[float]], color: Any, label: str) -> None:
     """Draw the mean of the values at each step, and its interval."""
     places, bands = [int(step) for step in steps], [confidence(each) for each in values]
     style = "--" if label == "AdamW" else "-"
@@ -215,7 +217,9 @@ def draw_grids(comparison: Comparison, file: Path) -> None:
                 best[run[knob]] = min(best.get(run[knob], math.inf), run["loss"])
             values = sorted(best)
             index = list(comparison.methods).index(name)
-            axes.plot(values, [best[value] for value in values], marker=".", color=f"C{index % 10}", label=name)
+            axes.plot(
+                values, [best[value] for value in values], marker=".", color=PALETTE[index % len(PALETTE)], label=name
+            )
         if knob == "weight_decay":
             axes.set_xscale("symlog", linthresh=0.1)  # zero is on the grid
         else:
