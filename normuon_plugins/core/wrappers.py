@@ -8,7 +8,10 @@ from normuon_plugins.core.optimizer import NorMuon
 
 
 def find_normuon(optimizer: Any) -> NorMuon | None:
-    """Return the NorMuon inside the wrappers of a framework, which keep it as ``.optimizer``, or None."""
-    while optimizer is not None and not isinstance(optimizer, NorMuon):
-        optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer
+    """Return the NorMuon inside the wrappers of a framework, which keep it as ``.optimizer``, or None.
+
+    The innermost: Fabric's wrapper is a NorMuon by its class, too, and the hooks that run are those of the one inside.
+    """
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer if isinstance(optimizer, NorMuon) else None

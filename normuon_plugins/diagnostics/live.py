@@ -151,8 +151,7 @@ def unwrap(optimizer: Any) -> NorMuon:
     if found is None:
         inner = getattr(optimizer, "optimizer", optimizer)
         raise TypeError(f"diagnostics look at a NorMuon; this is a {type(inner).__name__}.")
-    # Fabric's wrapper is a NorMuon by its class; the hooks that run are those of the optimizer inside.
-    return getattr(found, "optimizer", found)
+    return found
 
 
 def _known_gradients(optimizer: NorMuon) -> set[str]:
