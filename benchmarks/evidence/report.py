@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -157,13 +158,18 @@ def markdown(comparison: Comparison, summary: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _colors(comparison: Comparison) -> dict[str, Any]:
+    """Return the colour of every method, the same in all figures."""
+    return dict(zip(comparison.methods, cycle(PALETTE), strict=False))
+
+
 def draw_curves(comparison: Comparison, file: Path) -> None:
     """Draw mean losses by step, their differences from AdamW's by seed, and where they end, all with intervals."""
     figure, (curves, apart, ends) = plt.subplots(1, 3, figsize=(17, 5), layout="constrained")
     reference = comparison.methods.get("AdamW", {}).get("curves")
     names = list(comparison.methods)
-    for index, name in enumerate(names):
-        found, color = comparison.methods[name]["curves"], PALETTE[index % len(PALETTE)]
+    for place, (name, color) in zip(range(len(names), 0, -1), _colors(comparison).items(), strict=True):
+        found = comparison.methods[name]["curves"]
         steps = list(found[0])
         _band(curves, steps, [[curve[step] for curve in found] for step in steps], color, name)
         if reference is not None and name != "AdamW":
@@ -172,7 +178,6 @@ def draw_curves(comparison: Comparison, file: Path) -> None:
             ]
             _band(apart, steps, pairs, color, name)
         mean, low, high = confidence(comparison.finals(name))
-        place = len(names) - index
         ends.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=3)
     curves.set_ylabel("validation loss (nats per token)")
     curves.legend(fontsize="small")
@@ -208,7 +213,7 @@ def _band(axes: Axes, steps: Sequence[str], values: Sequence[Sequence[float]], c
 
 def draw_grids(comparison: Comparison, file: Path) -> None:
     """Draw, for every method and knob, the best loss that was found at each of its values."""
-    names = [name for name, found in comparison.methods.items() if found["tried"]]
+    names, colors = [name for name, found in comparison.methods.items() if found["tried"]], _colors(comparison)
     figure, rows = plt.subplots(1, len(RATES), figsize=(13, 4.5), sharey=True, layout="constrained", squeeze=False)
     for knob, axes in zip(RATES, rows[0], strict=True):
         for name in names:
@@ -216,10 +221,7 @@ def draw_grids(comparison: Comparison, file: Path) -> None:
             for run in comparison.methods[name]["tried"]:
                 best[run[knob]] = min(best.get(run[knob], math.inf), run["loss"])
             values = sorted(best)
-            index = list(comparison.methods).index(name)
-            axes.plot(
-                values, [best[value] for value in values], marker=".", color=PALETTE[index % len(PALETTE)], label=name
-            )
+            axes.plot(values, [best[value] for value in values], marker=".", color=colors[name], label=name)
         if knob == "weight_decay":
             axes.set_xscale("symlog", linthresh=0.1)  # zero is on the grid
         else:

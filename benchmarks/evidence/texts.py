@@ -83,7 +83,7 @@ def read_text(words: list[str]) -> list[str]:
         return _evenly(load_documents([Path(word) for word in words], None))
     documents = [document for document in NAMED[words[0]]() if document.strip()]
     if len(documents) < VALIDATION_EVERY:
-        raise ValueError(f"--text {words[0]}: this machine has {len(documents)} such documents; give files or folders")
+        raise ValueError(f"this machine has {len(documents)} such documents; give files or folders")
     return _evenly(documents)
 
 
