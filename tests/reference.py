@@ -15,6 +15,7 @@ class ReferenceNorMuon:
         self.weight = weight.double().clone()
         self.first = torch.zeros_like(self.weight)
         self.second = torch.zeros(weight.shape[0], dtype=torch.float64)
+        self.mean_square = 0.0
         self.lr, self.weight_decay, self.momentum, self.beta2, self.eps = lr, weight_decay, momentum, beta2, eps
         self.nesterov, self.normalize, self.scaling, self.orthogonalize = nesterov, normalize, scaling, orthogonalize
 
@@ -32,8 +33,16 @@ class ReferenceNorMuon:
             self.second = self.beta2 * self.second + (1 - self.beta2) * mean_square
             direction = orthogonal / (self.second.sqrt() + self.eps)[:, None]
         norm = math.sqrt(sum(x * x for x in direction.flatten().tolist()))
+        # AdamW with one second moment moves by update / sqrt(v); a step is to gain as much to first order. The decay of
+        # v is 0.98 for a momentum of 0.95: its start cancels the momentum's.
+        rate = 0.4 * (1 - self.momentum)
+        self.mean_square += rate * (sum(x * x for x in gradient.flatten().tolist()) / (m * n) - self.mean_square)
         if norm == 0:
             scale = 0.0
+        elif self.scaling == "match_progress_adamw":
+            gain = float((update / math.sqrt(self.mean_square) * update).sum())
+            largest = max(0.2, 0.04 / self.lr / math.sqrt(max(m, n)))  # of the RMS
+            scale = min(gain / float((direction * update).sum()), largest * math.sqrt(m * n) / norm)
         elif self.scaling == "match_rms_adamw":
             scale = 0.2 * math.sqrt(m * n) / norm
         else:

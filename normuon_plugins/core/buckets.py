@@ -62,7 +62,7 @@ def choose_owners(stacks: Sequence[Stack], ranks: int) -> list[int]:
 
 def is_local(stack: Stack, owner: int) -> bool:
     """Return whether ``owner`` alone holds ``stack``, so that no message is needed."""
-    return stack.holders == [owner]
+    return stack.holders == (owner,)
 
 
 def plan_rounds(stacks: Sequence[Stack], owners: Sequence[int], ranks: int, bucket_bytes: int) -> list[Round]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from normuon_plugins.core.group_options import NS_DTYPES
 from normuon_plugins.core.layout import parse_layout
 from normuon_plugins.core.stacks import Stack, divide
 from normuon_plugins.core.team_plan import item_of, plan_buckets
-from normuon_plugins.distributed.boxes import shared
+from normuon_plugins.core.update_rules import MATCH_PROGRESS
+from normuon_plugins.distributed.boxes import Box, shared
 from normuon_plugins.distributed.placement import Blocks, companion_placements, locate_on_mesh
 
 
@@ -69,6 +71,7 @@ def plan_exchange(
     ns_steps: int = 5,
     ns_coefficients: str | Sequence[float] = "muon",
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+    adjust_lr_fn: str = MATCH_PROGRESS,
 ) -> ExchangeReport:
     """Return what a step costs every rank, before there are any.
 
@@ -84,6 +87,7 @@ def plan_exchange(
         ns_steps: As in ``NorMuon``.
         ns_coefficients: As in ``NorMuon``.
         bucket_bytes: As in ``NorMuon``.
+        adjust_lr_fn: As in ``build_normuon``: its default sends a few numbers more per matrix.
 
     Raises:
         ValueError: If there is no matrix, or a number of ranks is below one.
@@ -103,11 +107,10 @@ def plan_exchange(
     stacks: list[Stack] = []
     for number, (shape, spec) in enumerate(matrices):
         layout = parse_layout(spec)
-        neuron_shape = layout.neuron_state_shape(shape)
-        blocks = (
-            _locate(shape, shape, shards, replicas, shard_dim),
-            _locate(shape, neuron_shape, shards, replicas, shard_dim),
-        )
+        shapes = [shape, layout.neuron_state_shape(shape)]
+        if adjust_lr_fn == MATCH_PROGRESS:
+            shapes.append(layout.matrix_state_shape(shape))
+        blocks = tuple(_locate(shape, each, shards, replicas, shard_dim) for each in shapes)
         stacks += divide(
             number,
             layout,
@@ -125,7 +128,7 @@ def plan_exchange(
 
 def _locate(shape: tuple[int, ...], companion: tuple[int, ...], shards: int, replicas: int, shard_dim: int) -> Blocks:
     """Return the blocks of a parameter of ``shape``, or of its neuron state, on a mesh ``(replicas, shards)``."""
-    placements = companion_placements((Replicate(), Shard(shard_dim)), shape, companion)
+    placements = companion_placements((Replicate(), Shard(shard_dim)), shape, companion, divided=False)
     return locate_on_mesh(companion, placements, (replicas, shards), tuple(range(shards * replicas)))
 
 
@@ -140,12 +143,13 @@ def _report(stacks: Sequence[Stack], ranks: int, bucket_bytes: int, note_bytes: 
         item = item_of(stack, owner)
         for field in item.fields:
             sources = set(item.sources(field))
-            for place, box in enumerate(field.blocks.boxes):
-                size = shared(box, field.box) * field.dtype.itemsize
+            for place, entries in enumerate(_entries(field.blocks, field.box)):
+                size = entries * field.dtype.itemsize
                 if place == owner or not size:
                     continue
-                sent[owner] += size
-                received[place] += size
+                if field.returns:
+                    sent[owner] += size
+                    received[place] += size
                 if place in sources:
                     sent[place] += size
                     received[owner] += size
@@ -157,6 +161,12 @@ def _report(stacks: Sequence[Stack], ranks: int, bucket_bytes: int, note_bytes: 
         len(buckets.rounds),
         _least_work(stacks, ranks),
     )
+
+
+@lru_cache(maxsize=1024)  # the layers of a model ask for the same few
+def _entries(blocks: Blocks, box: Box) -> tuple[int, ...]:
+    """Return how many entries of ``box`` each rank holds."""
+    return tuple(shared(held, box) for held in blocks.boxes)
 
 
 def _least_work(stacks: Sequence[Stack], ranks: int) -> float:

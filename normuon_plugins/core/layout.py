@@ -112,6 +112,28 @@ class Layout:
         turns = neurons // sum(self.blocks) if self.interleaved else 1
         return [(count, turns * rows, cols) for rows in self.blocks or (neurons,)]
 
+    def matrix_state_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of a state with one value per matrix: one per expert, one per fused block along the neurons.
+
+        Example:
+            >>> parse_layout("e i o=2*2+4").matrix_state_shape((6, 5, 8))
+            (6, 1, 3)
+        """
+        return tuple(
+            size if axis == "e" else len(self.blocks) or 1 if axis == "o" else 1
+            for axis, size in zip(self.axes, shape, strict=True)
+        )
+
+    def matrix_state_boxes(self, shape: Sequence[int]) -> list[tuple[tuple[tuple[int, int], ...], ...]]:
+        """Return the indices of each fused block's values in such a state, as ``block_boxes`` does."""
+        return [
+            tuple(
+                ((block, block + 1),) if axis == "o" else ((0, size if axis == "e" else 1),)
+                for axis, size in zip(self.axes, shape, strict=True)
+            )
+            for block in range(len(self.blocks) or 1)
+        ]
+
     def neuron_state_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return ``shape`` with 1 in place of every input dimension: one value per neuron."""
         return tuple(1 if axis == "i" else size for axis, size in zip(self.axes, shape, strict=True))

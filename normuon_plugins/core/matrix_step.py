@@ -6,20 +6,30 @@ They meet here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from normuon_plugins.core.gradient_squares import sum_squares
 from normuon_plugins.core.metrics import NeuronRecord
 from normuon_plugins.core.orthogonalize import orthogonalize
-from normuon_plugins.core.stacks import Stack
+from normuon_plugins.core.stacks import SQUARES, Stack
 from normuon_plugins.core.step_plan import Team
 from normuon_plugins.core.stored_matrix import StoredMatrix
 from normuon_plugins.core.team_plan import Bucket
-from normuon_plugins.core.update_rules import Scale, normuon_direction, scale_neurons
+from normuon_plugins.core.update_rules import (
+    MATCH_PROGRESS,
+    Progress,
+    Scale,
+    largest_rms,
+    normuon_direction,
+    scale_neurons,
+    update_mean_square,
+)
+from normuon_plugins.distributed.boxes import length
 from normuon_plugins.distributed.exchange import Cut, Pending
 
 Orthogonalize = Callable[[Tensor], Tensor]
@@ -41,7 +51,14 @@ class Directions:
         self._scale = _compiled() if compile else scale_neurons
         self.records: list[NeuronRecord] = []
 
-    def __call__(self, update: Tensor, neurons: Tensor, stack: Stack, group: Mapping[str, Any]) -> Tensor:
+    def __call__(
+        self,
+        update: Tensor,
+        neurons: Tensor,
+        stack: Stack,
+        group: Mapping[str, Any],
+        progress: Progress | None,
+    ) -> Tensor:
         """Return the direction of one batch, with the options that all its matrices share."""
         found = normuon_direction(
             update,
@@ -52,16 +69,40 @@ class Directions:
             eps=group["eps"],
             adjust_lr_fn=group["adjust_lr_fn"],
             scale=self._scale,
+            progress=progress,
         )
         self.records.append(NeuronRecord.of(found, group["lr"]))
         return found.direction
 
     def _orthogonalizer(self, stack: Stack, group: Mapping[str, Any]) -> Orthogonalize:
-        """Return the user's function, or Newton-Schulz, which leaves its result where the update was."""
+        """Return the user's function, or Newton-Schulz, which leaves its result where the update was if it may."""
+        keeps_update = group["adjust_lr_fn"] == MATCH_PROGRESS
         if (orthogonalize_fn := self._orthogonalize_fn) is not None:
+            if keeps_update:  # the user's function may write to what it is given
+                return lambda update: orthogonalize_fn(update.clone(memory_format=torch.contiguous_format))
             return lambda update: orthogonalize_fn(update.contiguous())
         options = {key: group[key] for key in ("ns_coefficients", "ns_steps")}
-        return lambda update: orthogonalize(update, **options, ns_dtype=stack.dtype, out=update)
+        return lambda update: orthogonalize(
+            update, **options, ns_dtype=stack.dtype, out=None if keeps_update else update
+        )
+
+
+class _Batch(NamedTuple):
+    """Whole matrices of one shape, and their state.
+
+    Attributes:
+        items: Numbers of their stacks in the bucket.
+        update: Shape ``(count, rows, cols)``.
+        neurons: Shape ``(count, rows, 1)``, float32.
+        mean_square: Of the gradients, shape ``(count, 1, 1)``, float32; None unless ``match_progress_adamw`` keeps it.
+        squares: The ranks' parts of this step's, shape ``(ranks, count)``, float32; zero where there is none.
+    """
+
+    items: list[int]
+    update: Tensor
+    neurons: Tensor
+    mean_square: Tensor | None = None
+    squares: Tensor | None = None
 
 
 @cache
@@ -83,7 +124,7 @@ class _Visit:
         self.stored = stored
         self.chosen = {item for item, stack in enumerate(bucket.stacks) if stack.parameter in alive}
         self._views: dict[int, tuple[Tensor, ...]] = {}
-        self._batches: list[tuple[list[int], Tensor, Tensor]] = []
+        self._batches: list[_Batch] = []
         for batch in bucket.batches:
             items = [item for item in batch if item in self.chosen]
             if items:
@@ -98,25 +139,42 @@ class _Visit:
         update = torch.empty(count, *sides, dtype=stack.dtype, device=stack.device)
         update = update.mT if stack.turned else update
         neurons = torch.empty(count, rows, 1, dtype=torch.float32, device=stack.device)
-        self._batches.append((items, update, neurons))
-        self._show(items, update, neurons)
+        batch = _Batch(items, update, neurons)
+        if len(stack.boxes) > SQUARES:
+            ranks = max(length(self.bucket.stacks[item].boxes[SQUARES][0]) for item in items)
+            squares = torch.zeros(ranks, count, dtype=torch.float32, device=stack.device)
+            batch = _Batch(items, update, neurons, torch.empty_like(squares[0]).view(-1, 1, 1), squares)
+        self._batches.append(batch)
+        self._show(batch)
 
-    def _show(self, items: Sequence[int], matrices: Tensor, neurons: Tensor) -> None:
-        """Make the parts of a batch known by item."""
-        counts = [self.bucket.stacks[item].shape[0] for item in items]
-        for item, *parts in zip(items, torch.split(matrices, counts), torch.split(neurons, counts), strict=True):
-            matrix = self.stored[self.bucket.stacks[item].parameter]
-            self._views[item] = tuple(
-                matrix.layout.storage_view(part, shape) for part, shape in zip(parts, matrix.shapes, strict=True)
-            )
+    def _show(self, batch: _Batch) -> None:
+        """Make the parts of a batch known by item: what travels of each, in the order of its fields."""
+        stacked = [tensor for tensor in (batch.update, batch.neurons, batch.mean_square) if tensor is not None]
+        first = 0
+        for item in batch.items:
+            stack = self.bucket.stacks[item]
+            here = slice(first, first + stack.shape[0])
+            matrix = self.stored[stack.parameter]
+            views = [
+                matrix.layout.storage_view(tensor[here], shape)
+                for tensor, shape in zip(stacked, matrix.shapes, strict=False)
+            ]
+            if batch.squares is not None:
+                views.append(batch.squares[: length(stack.boxes[SQUARES][0]), here])
+            self._views[item] = tuple(views)
+            first = here.stop
 
     def whole(self, item: int, field: int) -> Tensor:
-        """Return the update (later the direction) or the neuron state of an item that this rank owns."""
+        """Return the update (later the direction) or a small state of an item that this rank owns."""
         return self._views[item][field]
 
     def read(self, item: int, field: int, cut: Cut) -> Tensor:
-        """See ``StoredMatrix.read``."""
-        return self.stored[self.bucket.stacks[item].parameter].read(field, cut)
+        """See ``StoredMatrix.read``; or add up the squares of what this rank holds of the gradients."""
+        stack = self.bucket.stacks[item]
+        matrix = self.stored[stack.parameter]
+        if field == SQUARES:
+            return cut(sum_squares(matrix.gradient, self.bucket.held[item], stack.boxes[0], stack.expert_dim))
+        return matrix.read(field, cut)
 
     def write(self, item: int, field: int, cut: Cut, value: Tensor) -> None:
         """See ``StoredMatrix.write``."""
@@ -125,11 +183,37 @@ class _Visit:
     def compute(self, directions: Directions) -> None:
         """Turn every update into its direction."""
         while self._batches:
-            items, update, neurons = self._batches.pop()
-            stack = self.bucket.stacks[items[0]]
-            direction = directions(update, neurons, stack, self.stored[stack.parameter].group)
-            if direction is not update:
-                self._show(items, direction, neurons)
+            batch = self._batches.pop()
+            stack = self.bucket.stacks[batch.items[0]]
+            group = self.stored[stack.parameter].group
+            direction = directions(batch.update, batch.neurons, stack, group, self._progress(batch))
+            if direction is not batch.update:
+                self._show(batch._replace(update=direction))
+
+    def _progress(self, batch: _Batch) -> Progress | None:
+        """Bring the mean squares up to date with what the ranks added up; return what ``scale_neurons`` needs."""
+        if batch.mean_square is None or batch.squares is None:
+            return None
+        rows, cols = batch.update.shape[1:]
+        mean_square = batch.squares.sum(0).div_(rows * cols).view(-1, 1, 1)
+        update_mean_square(batch.mean_square, mean_square, momentum=self._option(batch, "momentum"))
+        largest = largest_rms(self._option(batch, "lr"), rows, cols)
+        if not isinstance(largest, Tensor):
+            largest = batch.mean_square.new_full((1, 1, 1), largest)  # a number would be compiled into a kernel
+        return Progress(batch.update, batch.mean_square, largest.expand_as(batch.mean_square))
+
+    def _option(self, batch: _Batch, key: str) -> Any:
+        """Return an option that groups may have of their own: one value, or a tensor of one per matrix."""
+        stacks = [self.bucket.stacks[item] for item in batch.items]
+        values = [self.stored[stack.parameter].group[key] for stack in stacks]
+        if all(value is values[0] or (not isinstance(value, Tensor) and value == values[0]) for value in values):
+            value = values[0]
+            return value.to(batch.update.device, torch.float32).view(1, 1, 1) if isinstance(value, Tensor) else value
+        # Copied to the device, which is why equal ones are not.
+        spread = [torch.as_tensor(value, dtype=torch.float32).view(1) for value in values]
+        counts = [stack.shape[0] for stack in stacks]
+        each = torch.cat([value.to(batch.update.device).expand(n) for value, n in zip(spread, counts, strict=True)])
+        return each.view(-1, 1, 1)
 
     def release(self) -> None:
         """Let go of the whole matrices."""

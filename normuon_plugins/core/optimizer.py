@@ -51,16 +51,19 @@ class NorMuon(Optimizer):
 
     Args:
         params: Parameters, ``(name, parameter)`` pairs, or groups. Names make the error messages better.
-        lr: Learning rate, a float or a one-element tensor. With the default ``adjust_lr_fn``, one tuned for AdamW
-            is where to begin; docs/learning_rate.md says where to go from there.
+        lr: Learning rate, a float or a one-element tensor. One tuned for AdamW is right under
+            ``adjust_lr_fn="match_progress_adamw"``; docs/learning_rate.md says what the other two want.
         weight_decay: Decoupled, multiplied by ``lr``, on matrix parameters.
         momentum: Decay of the first moment, in ``[0, 1)``.
         nesterov: Look one step ahead with the same gradient. The paper's Algorithm 1 does not; its code does.
         ns_coefficients: ``"muon"``, ``"polar_express"`` or ``(a, b, c)``.
         eps: Added to ``sqrt(v)``, in units of the orthogonalized update.
         ns_steps: Newton-Schulz steps, 1 to 99.
-        adjust_lr_fn: ``"match_rms_adamw"``: the update's RMS is ``0.2 * lr`` (the paper). ``"original"``: Muon's
-            norm and shape factor (the authors' code).
+        adjust_lr_fn: Size of the update. ``"match_rms_adamw"``: an RMS of ``0.2 * lr`` (the paper). ``"original"``:
+            Muon's norm and shape factor (the authors' code). ``"match_progress_adamw"``: such that a step lowers the
+            loss as AdamW's would, to first order and within a bound; ``build_normuon`` and the adapters take this one.
+            Where ``q`` is a running mean of ``G * G`` over the matrix and ``r`` the RMS of ``N``, ``scale`` is then
+            ``min(<U, U> / (sqrt(q) * <N, U>), max(0.2, 0.04 / (lr * sqrt(max(m, n)))) / r)``.
         beta2: Decay of the second moment of each neuron, in ``[0, 1)``.
         normalize_neurons: False is plain Muon from the same code.
         adamw_lr: Learning rate of the AdamW groups; None means ``lr``.
@@ -97,7 +100,8 @@ class NorMuon(Optimizer):
     Differences from the paper and from the authors' code:
         - ``nesterov=True`` is the authors' code's and Muon's. The paper's Algorithm 1 is ``nesterov=False``, which
           trained worse in all our runs (docs/evidence.md).
-        - ``adjust_lr_fn="original"`` is the authors' scaling; the default is the paper's.
+        - ``adjust_lr_fn="original"`` is the authors' scaling; the default is the paper's, and ``build_normuon``'s is
+          neither: ``"match_progress_adamw"`` is ours.
         - ``p.grad`` is never written, and float32 parameters work (the authors' code writes the one and refuses the
           other).
         - Newton-Schulz divides by the largest entry of each matrix, then by its norm, without an epsilon: gradients of
@@ -292,8 +296,8 @@ class NorMuon(Optimizer):
             - ``normuon/lr``, ``adamw/lr``: see ``rates``;
             - ``normuon/share``: of all trainable numbers, those on NorMuon;
             - ``normuon/skipped``: ``skipped_steps``;
-            - ``normuon/update_rms``: root mean square of what ``lr`` multiplied: 0.2 with the default scaling, less
-              where whole matrices had no gradient;
+            - ``normuon/update_rms``: root mean square of what ``lr`` multiplied: 0.2 under ``"match_rms_adamw"``, less
+              where whole matrices had no gradient; what the gradients ask for under ``"match_progress_adamw"``;
             - ``normuon/neuron_lr_min``, ``_mean``, ``_max``: effective learning rate of a neuron, ``lr`` times what its
               row of the orthogonalized update was multiplied by; zero for a neuron without an update;
             - ``normuon/neuron_spread_before``, ``_after``: standard deviation over mean of the norms of a matrix's

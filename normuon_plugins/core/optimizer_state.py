@@ -19,9 +19,13 @@ from normuon_plugins.core.momentum import (
     momentum_specs,
     stored_momentum,
 )
+from normuon_plugins.core.update_rules import MATCH_PROGRESS, NO_VALUE
 from normuon_plugins.distributed.placement import describe, local, whereabouts, zeros
 
 MOMENTUM = frozenset({"momentum_buffer", "momentum_scale"})
+MEAN_SQUARE_KEY = "gradient_mean_square"
+# Kept under an option that a later version, or a later part of a run, may choose otherwise.
+OPTIONAL = frozenset({COMPENSATION, MEAN_SQUARE_KEY})
 
 
 def state_specs(
@@ -29,9 +33,10 @@ def state_specs(
 ) -> dict[str, Spec]:
     """Return shape and dtype of each state tensor of a parameter, by its key: the one place that says what there is.
 
-    ``momentum_buffer`` (with ``momentum_scale`` where it is int8) and ``second_momentum_buffer`` (one value per neuron)
-    for NorMuon; ``exp_avg``, ``exp_avg_sq`` and ``step`` as in ``torch.optim.AdamW``; ``kahan_compensation`` where
-    rounding of the parameter is compensated.
+    ``momentum_buffer`` (with ``momentum_scale`` where it is int8), ``second_momentum_buffer`` (one value per neuron)
+    and under ``match_progress_adamw`` ``gradient_mean_square`` (one per matrix) for NorMuon; ``exp_avg``,
+    ``exp_avg_sq`` and ``step`` as in ``torch.optim.AdamW``; ``kahan_compensation`` where rounding of the parameter is
+    compensated.
 
     The neuron state is float32 whatever the parameter's dtype, since a decay of 0.05 per step is below bfloat16's
     resolution, and so is ``step``, which would end at 256.
@@ -50,6 +55,8 @@ def state_specs(
         layout = parse_layout(group["layout"])
         specs = momentum_specs(shape, layout, stored or momentum_dtype(group, dtype))
         specs["second_momentum_buffer"] = (layout.neuron_state_shape(shape), torch.float32)
+        if group["adjust_lr_fn"] == MATCH_PROGRESS:
+            specs[MEAN_SQUARE_KEY] = (layout.matrix_state_shape(shape), torch.float32)
     if kahan_sum and dtype in COMPENSATED_DTYPES:
         specs[COMPENSATION] = (shape, dtype)
     return specs
@@ -77,12 +84,15 @@ def prepare_state(
             for key in specs.keys() & state.keys()
             if key not in MOMENTUM or state[key].dtype == specs[key][1]
         }
-        if len(kept) < len(specs):
+        # What another adjust_lr_fn kept would be out of date should it be chosen again.
+        stale = MEAN_SQUARE_KEY in state and MEAN_SQUARE_KEY not in specs
+        if len(kept) < len(specs) or stale:
             changed.append((parameter, group, specs, kept))
     for parameter, group, specs, kept in changed:
         old = states.get(parameter, {})
         states[parameter] = {
-            key: kept[key] if key in kept else _zeros(parameter, key, spec) for key, spec in specs.items()
+            key: kept[key] if key in kept else _begin(parameter, key, spec, "momentum_buffer" in old)
+            for key, spec in specs.items()
         }
         if "momentum_buffer" in old and "momentum_buffer" not in kept:
             wide = torch.promote_types(parameter.dtype, torch.float32)
@@ -94,6 +104,14 @@ def _momentum(state: Mapping[str, Tensor], group: Mapping[str, Any]) -> Momentum
     return stored_momentum(blocks, parse_layout(group["layout"]))
 
 
+def _begin(parameter: Tensor, key: str, spec: Spec, has_momentum: bool) -> Tensor:
+    """Return a state that is not there yet: zeros, or where a full momentum has no mean square beside it, no value."""
+    state = _zeros(parameter, key, spec)
+    if key == MEAN_SQUARE_KEY and has_momentum:
+        local(state).fill_(NO_VALUE)
+    return state
+
+
 def _zeros(parameter: Tensor, key: str, spec: Spec) -> Tensor:
     """Return zeros on the parameter's device, placed like it, and replicated where a size became 1."""
     shape, dtype = spec
@@ -101,7 +119,7 @@ def _zeros(parameter: Tensor, key: str, spec: Spec) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=local(parameter).device)
     if shape == tuple(parameter.shape) and dtype.is_floating_point:
         return torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
-    return zeros(parameter, shape, dtype)
+    return zeros(parameter, shape, dtype, divided=key != MEAN_SQUARE_KEY)
 
 
 def check_loadable(param_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> None:
@@ -159,7 +177,8 @@ def _check_saved_state(
 ) -> None:
     """Raise ``ValueError`` when ``saved`` has other keys or shapes than the state of ``parameter``.
 
-    What rounding lost may be missing or in excess: it starts at zero, or is left out.
+    What rounding lost and the mean square of the gradient may be missing or in excess: they begin anew, or are left
+    out.
     """
     is_int8 = "momentum_scale" in saved
     if "momentum_dtype" in saved_group and (saved_group["momentum_dtype"] == "int8") != is_int8:
@@ -169,13 +188,13 @@ def _check_saved_state(
             " momentum_dtype, load, then write another one into its param_groups."
         )
     expected = state_specs(parameter, group, kahan_sum=COMPENSATION in saved, stored=_stored_dtype(saved))
-    if saved.keys() - {COMPENSATION} != expected.keys() - {COMPENSATION}:
+    if saved.keys() - OPTIONAL != expected.keys() - OPTIONAL:
         raise ValueError(
             f"{name!r} is on {group['algorithm']!r} here; its checkpoint holds {sorted(saved)}."
             " Load with the plan (overrides) that the checkpoint was written with."
         )
     for key, (shape, _) in expected.items():
-        if tuple(saved[key].shape) != shape:
+        if key in saved and tuple(saved[key].shape) != shape:
             raise ValueError(
                 f"{name!r}: {key} has shape {tuple(saved[key].shape)} in the checkpoint and needs {shape} here."
             )
@@ -199,6 +218,8 @@ def check_state(parameter: Tensor, group: Mapping[str, Any], name: str, state: M
                 f"{name!r} has shape {shape}, its {key} {tuple(state[key].shape)}: the parameter was resized after the"
                 " first step. Build a new optimizer, or resize first."
             )
+        if key == MEAN_SQUARE_KEY and key not in state:
+            continue  # the group began with another adjust_lr_fn
         if key not in state or tuple(state[key].shape) != shape:
             raise ValueError(
                 f"{name!r} is on {_words((group['algorithm'], group.get('layout')))}, its state is not: the group was"
@@ -243,7 +264,7 @@ def _placed(
     state = {}
     for key, spec in state_specs(parameter, group, kahan_sum=kahan_sum, stored=stored).items():
         if key not in saved:
-            state[key] = _zeros(parameter, key, spec)
+            state[key] = _begin(parameter, key, spec, "momentum_buffer" in saved)
             continue
         state[key] = saved[key].to(device=parameter.device, dtype=spec[1])
         if not local(state[key]).is_contiguous() and key in MOMENTUM and is_int8:

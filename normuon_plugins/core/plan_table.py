@@ -11,6 +11,9 @@ from torch import Tensor
 
 # Characters of a layout that the table shows; to_dict gives all.
 LONGEST_LAYOUT = 40
+WHICH_RATE = (
+    "Take lr from AdamW: build_normuon and the adapters size each step by it (adjust_lr_fn='match_progress_adamw')."
+)
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -45,7 +48,7 @@ class PlannedParameter:
 
 
 def format_plan(rows: Sequence[PlannedParameter]) -> str:
-    """Return the table: one line per kind of parameter, then counts and shares of parameters per algorithm."""
+    """Return the table: a line per kind of parameter, counts and shares per algorithm, and which learning rate fits."""
     lines: list[tuple[str, ...]] = [("parameter", "shape", "algorithm", "layout", "decay", "reason")]
     lines += fold_rows((row.name, *_cells(row)) for row in rows)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]) - 1)]
@@ -53,7 +56,7 @@ def format_plan(rows: Sequence[PlannedParameter]) -> str:
         "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]) for line in lines
     ]
     table.insert(1, "-" * max(map(len, table)))
-    return "\n".join([*table, "", *_shares(rows)])
+    return "\n".join([*table, "", *_shares(rows), "", WHICH_RATE])
 
 
 def fold_rows(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -10,10 +10,15 @@ from itertools import pairwise
 
 import torch
 
+from normuon_plugins.core.gradient_squares import partial_sums
 from normuon_plugins.core.layout import Layout
 from normuon_plugins.core.orthogonalize import multiplications
 from normuon_plugins.distributed.boxes import Box, Intervals, length, numel, select, shared
 from normuon_plugins.distributed.placement import Blocks
+
+# What travels of a stack, by number: the update on the way out and the direction on the way back; the neuron state; and
+# under match_progress_adamw the mean square of the gradient, and the ranks' parts of this step's, which stay out.
+UPDATE, NEURONS, MEAN_SQUARE, SQUARES = range(4)
 
 
 @dataclass(frozen=True)
@@ -27,9 +32,11 @@ class Stack:
         dtype: Of the products.
         device: Where they are multiplied.
         options: Whatever else must agree within a batch.
-        boxes: Their global indices in the parameter, and in its neuron state.
-        blocks: Where the parameter lies, and its neuron state.
+        boxes: Their global indices in the parameter, in its neuron state, and in what else travels.
+        blocks: Where the parameter lies, its neuron state, and what else travels.
+        expert_dim: The dimension of the parameter that counts them; None where the stack is one matrix.
         held: Bytes of them that each rank holds, in the dtype of the products, and of their neuron state.
+        holders: Places of the ranks that hold any of it.
         multiplications: Of orthogonalizing them.
     """
 
@@ -39,9 +46,11 @@ class Stack:
     dtype: torch.dtype
     device: torch.device
     options: Hashable
-    boxes: tuple[Box, Box]
-    blocks: tuple[Blocks, Blocks]
+    boxes: tuple[Box, ...]
+    blocks: tuple[Blocks, ...]
+    expert_dim: int | None
     held: tuple[int, ...]
+    holders: tuple[int, ...]
     multiplications: int
 
     @property
@@ -55,14 +64,9 @@ class Stack:
         return (self.shape[1:], self.turned, self.dtype, self.device, self.options)
 
     @property
-    def holders(self) -> list[int]:
-        """Places of the ranks that hold any of it."""
-        return [place for place, held in enumerate(self.held) if held]
-
-    @property
     def whole_holders(self) -> list[int]:
-        """Places of the ranks that hold all of it."""
-        whole = self.nbytes + numel(self.boxes[1]) * torch.float32.itemsize
+        """Places of the ranks that hold all matrices and their neuron state."""
+        whole = self.nbytes + numel(self.boxes[NEURONS]) * torch.float32.itemsize
         return [place for place, held in enumerate(self.held) if held == whole]
 
 
@@ -70,7 +74,7 @@ def divide(
     parameter: int,
     layout: Layout,
     shape: tuple[int, ...],
-    blocks: tuple[Blocks, Blocks],
+    blocks: tuple[Blocks, ...],
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -88,7 +92,8 @@ def divide(
         parameter: Its number.
         layout: Its layout.
         shape: Its global shape.
-        blocks: Where it lies, and where its neuron state lies.
+        blocks: Where it lies, where its neuron state lies, and under ``match_progress_adamw`` where the mean square of
+            its gradient does.
         dtype: Dtype of the products.
         device: Where they are multiplied.
         ns_steps: Newton-Schulz steps.
@@ -99,14 +104,26 @@ def divide(
     stacks = []
     neuron_shape = layout.neuron_state_shape(shape)
     expert_dim = layout.axes.index("e") if "e" in layout.axes else None
-    for box, neuron_box, (count, rows, cols) in zip(
-        layout.block_boxes(shape), layout.block_boxes(neuron_shape), layout.matrix_shapes(shape), strict=True
+    for box, neuron_box, matrix_box, (count, rows, cols) in zip(
+        layout.block_boxes(shape),
+        layout.block_boxes(neuron_shape),
+        layout.matrix_state_boxes(shape),
+        layout.matrix_shapes(shape),
+        strict=True,
     ):
         largest = max(1, min(-(-count // len(blocks[0].ranks)), bucket_bytes // (rows * cols * dtype.itemsize)))
         work = multiplications(rows, cols, ns_steps, ns_coefficients=ns_coefficients, device=device)
         for matrices in _expert_ranges(blocks[0], expert_dim, largest):
             number = length(matrices)
-            boxes = (_with_experts(box, expert_dim, matrices), _with_experts(neuron_box, expert_dim, matrices))
+            boxes = tuple(
+                _with_experts(each, expert_dim, matrices) for each in (box, neuron_box, matrix_box)[: len(blocks)]
+            )
+            held, holders = _held(blocks[:2], boxes[:2], dtype)
+            where = blocks
+            if len(blocks) > MEAN_SQUARE:
+                squares, squares_box = _partial_sums(blocks[UPDATE], boxes[UPDATE], number)
+                where, boxes = (*blocks, squares), (*boxes, squares_box)
+                holders = _join(holders, blocks[MEAN_SQUARE], boxes[MEAN_SQUARE])
             stacks.append(
                 Stack(
                     parameter,
@@ -116,25 +133,44 @@ def divide(
                     device,
                     options,
                     boxes,
-                    blocks,
-                    _held(blocks, boxes, dtype),
+                    where,
+                    expert_dim,
+                    held,
+                    holders,
                     number * work,
                 )
             )
     return stacks
 
 
-@lru_cache(maxsize=1024)  # the layers of a model ask for the same few
-def _held(blocks: tuple[Blocks, Blocks], boxes: tuple[Box, Box], dtype: torch.dtype) -> tuple[int, ...]:
-    """Return the bytes of a stack that each rank holds."""
+# The layers of a model ask for the same few.
+_partial_sums = lru_cache(maxsize=1024)(partial_sums)
+
+
+@lru_cache(maxsize=1024)
+def _held(
+    blocks: tuple[Blocks, ...], boxes: tuple[Box, ...], dtype: torch.dtype
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the bytes of a stack that each rank holds, and the places of those that hold any."""
     itemsizes = (dtype.itemsize, torch.float32.itemsize)
-    return tuple(
+    held = tuple(
         sum(
             itemsize * shared(where.boxes[place], box)
             for itemsize, where, box in zip(itemsizes, blocks, boxes, strict=True)
         )
         for place in range(len(blocks[0].ranks))
     )
+    return held, tuple(place for place, size in enumerate(held) if size)
+
+
+@lru_cache(maxsize=1024)
+def _join(holders: tuple[int, ...], blocks: Blocks, box: Box) -> tuple[int, ...]:
+    """Return ``holders`` and the places of the ranks that hold any of ``box``.
+
+    The block of a fused weight may lie whole on one rank, and a copy of its mean square on every rank.
+    """
+    more = {place for place, held in enumerate(blocks.boxes) if shared(held, box)}
+    return tuple(sorted(more.union(holders)))
 
 
 def _expert_ranges(blocks: Blocks, expert_dim: int | None, size: int) -> list[Intervals]:

@@ -15,6 +15,7 @@ from normuon_plugins.core.layout import parse_layout
 from normuon_plugins.core.matrix_step import Directions, TeamStep, step_local
 from normuon_plugins.core.metrics import NeuronRecord
 from normuon_plugins.core.momentum import stored_momentum
+from normuon_plugins.core.optimizer_state import MEAN_SQUARE_KEY
 from normuon_plugins.core.step_plan import Member, StepPlan
 from normuon_plugins.core.stored_matrix import StoredMatrix
 from normuon_plugins.distributed.agreement import any_rank
@@ -164,6 +165,7 @@ def _stored(member: Member, state: Mapping[str, Tensor], gradient: Tensor | None
         weight.new_zeros(()).expand(weight.shape) if gradient is None else gradient,
         member.group,
         layout,
-        (shape, layout.neuron_state_shape(shape)),
+        (shape, layout.neuron_state_shape(shape), layout.matrix_state_shape(shape)),
+        state.get(MEAN_SQUARE_KEY),
         state.get(COMPENSATION),
     )

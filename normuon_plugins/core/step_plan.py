@@ -20,6 +20,7 @@ from normuon_plugins.core.momentum import check_blocks, momentum_dtype
 from normuon_plugins.core.orthogonalize import fast_matmul_dtype
 from normuon_plugins.core.stacks import Stack, divide
 from normuon_plugins.core.team_plan import Bucket, plan_buckets
+from normuon_plugins.core.update_rules import MATCH_PROGRESS
 from normuon_plugins.distributed.agreement import check_equal, create_group
 from normuon_plugins.distributed.boxes import length
 from normuon_plugins.distributed.placement import (
@@ -128,7 +129,7 @@ def plan_step(members: Sequence[Member], options: Mapping[str, Any], previous: S
     blocks = [_locate(member, options) for member in members]
     _agree(members, blocks, _teams(members, blocks), groups, options)
     if options["replicas"] == "redundant":
-        blocks = [_own_replica(*both) for both in blocks]
+        blocks = [_own_replica(each) for each in blocks]
     teams = _teams(members, blocks)
     plan = StepPlan(sign(members, options), [member.parameter for member in members], [], [], groups)
     for (ranks, device), numbers in teams.items():
@@ -137,17 +138,17 @@ def plan_step(members: Sequence[Member], options: Mapping[str, Any], previous: S
     return plan
 
 
-def _teams(members: Sequence[Member], blocks: Sequence[tuple[Blocks, Blocks]]) -> Teams:
+def _teams(members: Sequence[Member], blocks: Sequence[tuple[Blocks, ...]]) -> Teams:
     """Return the numbers of the members by the ranks that share them, and by device, in order of appearance."""
     teams: Teams = {}
-    for number, (member, (where, _)) in enumerate(zip(members, blocks, strict=True)):
+    for number, (member, (where, *_)) in enumerate(zip(members, blocks, strict=True)):
         teams.setdefault((where.ranks, compute_device(member.parameter)), []).append(number)
     return teams
 
 
 def _agree(
     members: Sequence[Member],
-    blocks: Sequence[tuple[Blocks, Blocks]],
+    blocks: Sequence[tuple[Blocks, ...]],
     teams: Teams,
     groups: dict[tuple[int, ...], dist.ProcessGroup | None],
     options: Mapping[str, Any],
@@ -186,7 +187,7 @@ def _plan_team(
     group: dist.ProcessGroup | None,
     device: torch.device,
     numbers: list[int],
-    blocks: Sequence[tuple[Blocks, Blocks]],
+    blocks: Sequence[tuple[Blocks, ...]],
     bucket_bytes: int,
 ) -> None:
     """Add the buckets of the parameters that lie on ``ranks``."""
@@ -206,7 +207,7 @@ def _plan_team(
         plan.teams.append(Team(group, device, numbers, buckets.rounds, asks and bool(buckets.rounds)))
 
 
-def _divide(number: int, member: Member, blocks: tuple[Blocks, Blocks], bucket_bytes: int) -> list[Stack]:
+def _divide(number: int, member: Member, blocks: tuple[Blocks, ...], bucket_bytes: int) -> list[Stack]:
     return divide(
         number,
         parse_layout(member.group["layout"]),
@@ -221,33 +222,38 @@ def _divide(number: int, member: Member, blocks: tuple[Blocks, Blocks], bucket_b
     )
 
 
-def _locate(member: Member, options: Mapping[str, Any]) -> tuple[Blocks, Blocks]:
-    """Return where a parameter lies and where its neuron state does, on all ranks that hold any of it."""
+def _locate(member: Member, options: Mapping[str, Any]) -> tuple[Blocks, ...]:
+    """Return where a parameter and its small state lie, on all ranks that hold any of it."""
     parameter, group, name = member
-    shape = tuple(parameter.shape)
+    shapes = [tuple(parameter.shape)]
     is_matrix = group["algorithm"] == "normuon"
-    neuron_shape = parse_layout(group["layout"]).neuron_state_shape(shape) if is_matrix else shape
+    if is_matrix:
+        layout = parse_layout(group["layout"])
+        shapes.append(layout.neuron_state_shape(shapes[0]))
+        if group["adjust_lr_fn"] == MATCH_PROGRESS:
+            shapes.append(layout.matrix_state_shape(shapes[0]))
     process_group = options["process_group"]
     rank = my_rank()
     try:
-        blocks, neurons = locate(parameter), locate(parameter, neuron_shape)
+        blocks = tuple(locate(parameter, shape, divided=False) for shape in shapes)
     except ValueError as error:
         raise ValueError(f"{name!r}: {error}; redistribute it first.") from None
-    if rank not in blocks.ranks:
+    if rank not in blocks[0].ranks:
         raise ValueError(
-            f"{name!r} lies on ranks {blocks.ranks}, and this is rank {rank}: leave it out of the groups here."
+            f"{name!r} lies on ranks {blocks[0].ranks}, and this is rank {rank}: leave it out of the groups here."
         )
     if process_group is not None and is_matrix and not is_sharded(parameter):
         ranks = tuple(dist.get_process_group_ranks(process_group))
-        blocks, neurons = replicate(shape, ranks), replicate(neuron_shape, ranks)
-    return blocks, neurons
+        blocks = tuple(replicate(shape, ranks) for shape in shapes)
+    return blocks
 
 
-def _own_replica(blocks: Blocks, neurons: Blocks) -> tuple[Blocks, Blocks]:
+def _own_replica(blocks: tuple[Blocks, ...]) -> tuple[Blocks, ...]:
     """Return the same as seen by the ranks that hold a parameter once, together with this one."""
-    replica = blocks.replicas[blocks.ranks.index(my_rank())]
-    ranks = tuple(rank for rank, other in zip(blocks.ranks, blocks.replicas, strict=True) if other == replica)
-    return blocks.restrict(ranks), neurons.restrict(ranks)
+    where = blocks[0]
+    replica = where.replicas[where.ranks.index(my_rank())]
+    ranks = tuple(rank for rank, other in zip(where.ranks, where.replicas, strict=True) if other == replica)
+    return tuple(each.restrict(ranks) for each in blocks)
 
 
 def _facts(member: Member, blocks: Blocks) -> tuple[str, bool]:

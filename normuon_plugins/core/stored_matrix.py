@@ -12,10 +12,8 @@ from torch import Tensor
 from normuon_plugins.core.compensation import exact_weight, round_weight
 from normuon_plugins.core.layout import Layout
 from normuon_plugins.core.momentum import Cut, Momentum, advance_stored
+from normuon_plugins.core.stacks import MEAN_SQUARE, NEURONS
 from normuon_plugins.core.update_rules import nesterov_update, update_momentum
-
-# The fields of an exchanged item: the update on the way out and the direction on the way back, and the neuron state.
-UPDATE, NEURONS = 0, 1
 
 
 @dataclass
@@ -29,7 +27,8 @@ class StoredMatrix:
         gradient: Shape of ``weight``; zeros where this rank has none.
         group: The parameter's group.
         layout: Its parsed layout.
-        shapes: Global shapes of the parameter and of its neuron state.
+        shapes: Global shapes of the parameter, of its neuron state, and of the mean square of its gradient.
+        gradient_mean_square: This rank's block of the latter; None unless ``match_progress_adamw`` keeps it.
         compensation: What rounding the weight lost, shape and dtype of ``weight``; None if that is not kept.
         is_advanced: Whether the momentum was brought up to date.
     """
@@ -40,7 +39,8 @@ class StoredMatrix:
     gradient: Tensor
     group: Mapping[str, Any]
     layout: Layout
-    shapes: tuple[Sequence[int], Sequence[int]]
+    shapes: tuple[Sequence[int], ...]
+    gradient_mean_square: Tensor | None = None
     compensation: Tensor | None = None
     is_advanced: bool = False
 
@@ -65,13 +65,13 @@ class StoredMatrix:
         self.is_advanced = True
 
     def read(self, field: int, cut: Cut) -> Tensor:
-        """Return a piece of what is to be orthogonalized (momentum or its Nesterov look-ahead), or of the neuron state.
+        """Return a piece of what is to be orthogonalized (momentum or its Nesterov look-ahead), or of a small state.
 
         Momentum that is not up to date yet is advanced here as if, and nothing is written: it is stored in fewer bits,
         or it is open whether a missing gradient counts as zero.
         """
-        if field == NEURONS:
-            return cut(self.second_momentum_buffer)
+        if field in (NEURONS, MEAN_SQUARE):
+            return cut(self._small(field))
         momentum, gradient = self.group["momentum"], cut(self.gradient)
         piece = self.momentum.read(cut, self._dtype)
         if not self.is_advanced:
@@ -80,9 +80,9 @@ class StoredMatrix:
         return nesterov_update(piece, gradient, momentum=momentum) if self.group["nesterov"] else piece
 
     def write(self, field: int, cut: Cut, value: Tensor) -> None:
-        """Take a piece of the neuron state, or move: ``W <- (1 - lr * weight_decay) * W - lr * direction``."""
-        if field == NEURONS:
-            cut(self.second_momentum_buffer).copy_(value)
+        """Take a piece of a small state, or move: ``W <- (1 - lr * weight_decay) * W - lr * direction``."""
+        if field in (NEURONS, MEAN_SQUARE):
+            cut(self._small(field)).copy_(value)
         elif self.compensation is None:
             self._move(cut(self.weight), value)
         else:
@@ -90,6 +90,13 @@ class StoredMatrix:
             exact = exact_weight(weight, compensation)
             self._move(exact, value)
             round_weight(exact, weight, compensation)
+
+    def _small(self, field: int) -> Tensor:
+        """Return the state of one number per neuron, or per matrix."""
+        if field == NEURONS:
+            return self.second_momentum_buffer
+        assert self.gradient_mean_square is not None
+        return self.gradient_mean_square
 
     @property
     def _dtype(self) -> torch.dtype:

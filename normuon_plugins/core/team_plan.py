@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from normuon_plugins.core.buckets import choose_owners, is_local, plan_batches, plan_rounds
-from normuon_plugins.core.stacks import Stack
+from normuon_plugins.core.stacks import SQUARES, Stack
+from normuon_plugins.distributed.boxes import Piece, pieces
 from normuon_plugins.distributed.exchange import Exchange, Field, Item
 
 # Matrices that need no message and that a CPU, which is busy with one large one, copies at once. With 16 MiB a step on
@@ -25,12 +26,14 @@ class Bucket(NamedTuple):
         exchange: Their way to the owners and back.
         batches: Numbers into ``stacks``.
         device: Where they are multiplied.
+        held: What this rank holds of each stack's matrices.
     """
 
     stacks: list[Stack]
     exchange: Exchange
     batches: list[list[int]]
     device: torch.device
+    held: list[list[Piece]]
 
 
 class Buckets(NamedTuple):
@@ -105,10 +108,12 @@ def _bucket(
     items = [item_of(stack, owners[number]) for number, stack in zip(numbers, chosen, strict=True)]
     own = [index for index, item in enumerate(items) if item.owner == place]
     exchange = Exchange(items, place, group, parts=parts, note_bytes=note_bytes)
-    return Bucket(chosen, exchange, plan_batches(chosen, own, bucket_bytes), chosen[0].device)
+    held = [pieces(stack.blocks[0].boxes[place], stack.boxes[0]) for stack in chosen]
+    return Bucket(chosen, exchange, plan_batches(chosen, own, bucket_bytes), chosen[0].device, held)
 
 
 def item_of(stack: Stack, owner: int) -> Item:
-    """Return what travels of a stack: its matrices in the dtype of the products, its neuron state in float32."""
-    dtypes = (stack.dtype, torch.float32)
-    return Item(owner, tuple(Field(*field) for field in zip(stack.blocks, stack.boxes, dtypes, strict=True)))
+    """Return what travels of a stack: its matrices in the dtype of the products, all else in float32."""
+    dtypes = (stack.dtype, *[torch.float32] * (len(stack.boxes) - 1))
+    fields = zip(stack.blocks, stack.boxes, dtypes, strict=True)
+    return Item(owner, tuple(Field(*field, returns=index != SQUARES) for index, field in enumerate(fields)))

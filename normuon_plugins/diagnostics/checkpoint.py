@@ -15,6 +15,7 @@ from torch import Tensor
 from normuon_plugins.core.group_options import GROUP_KEYS
 from normuon_plugins.core.layout import parse_layout
 from normuon_plugins.core.momentum import stored_momentum
+from normuon_plugins.core.optimizer_state import MEAN_SQUARE_KEY
 from normuon_plugins.diagnostics.live import NESTEROV_NOTE
 from normuon_plugins.diagnostics.spectra import PER_PARAMETER, Diagnosis, MatrixDiagnosis, diagnose_parameter
 
@@ -72,7 +73,14 @@ def read_checkpoint(
             progress(name)
         momentum = stored_momentum(state, parse_layout(group["layout"])).load(torch.float32)
         neurons = state["second_momentum_buffer"]
-        matrices += diagnose_parameter(name, momentum, neurons, group, per_parameter=per_parameter)
+        matrices += diagnose_parameter(
+            name,
+            momentum,
+            neurons,
+            group,
+            gradient_mean_square=state.get(MEAN_SQUARE_KEY),
+            per_parameter=per_parameter,
+        )
     notes = [ORTHOGONALIZE_NOTE]
     notes += [NESTEROV_NOTE] if any(group.get("nesterov") for _, _, group in chosen) else []
     return Diagnosis(str(path), matrices, notes)

@@ -16,6 +16,7 @@ from normuon_plugins.core.group_options import parameter_name
 from normuon_plugins.core.layout import parse_layout
 from normuon_plugins.core.momentum import stored_momentum
 from normuon_plugins.core.optimizer import NorMuon
+from normuon_plugins.core.optimizer_state import MEAN_SQUARE_KEY
 from normuon_plugins.core.update_rules import nesterov_update
 from normuon_plugins.core.wrappers import find_normuon
 from normuon_plugins.diagnostics.report import check_target, write_report
@@ -73,7 +74,9 @@ def diagnose(
             mine = my_rank() == ranks[number % len(ranks)]
             number += 1
             momentum = _whole_momentum(inner.state[parameter], group)
-            neurons = _whole(inner.state[parameter]["second_momentum_buffer"])
+            state = inner.state[parameter]
+            neurons = _whole(state["second_momentum_buffer"])
+            mean_square = _whole(state[MEAN_SQUARE_KEY]) if MEAN_SQUARE_KEY in state else None
             look_ahead = None
             if name in known:
                 gradient = _whole(parameter.grad)
@@ -81,8 +84,16 @@ def diagnose(
             guessed |= group["nesterov"] and look_ahead is None
             if mine:
                 function = inner.defaults["orthogonalize_fn"]
-                options = {"look_ahead": look_ahead, "orthogonalize_fn": function, "per_parameter": per_parameter}
-                matrices = diagnose_parameter(name, momentum, neurons, group, **options)
+                matrices = diagnose_parameter(
+                    name,
+                    momentum,
+                    neurons,
+                    group,
+                    gradient_mean_square=mean_square,
+                    look_ahead=look_ahead,
+                    orthogonalize_fn=function,
+                    per_parameter=per_parameter,
+                )
                 found += [(number, matrix) for matrix in matrices]
     every = _gather(found)
     if not every:

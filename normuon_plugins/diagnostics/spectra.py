@@ -13,7 +13,7 @@ from torch import Tensor
 from normuon_plugins.core.group_options import NS_DTYPES
 from normuon_plugins.core.layout import Layout, parse_layout
 from normuon_plugins.core.orthogonalize import orthogonalize
-from normuon_plugins.core.update_rules import normuon_direction
+from normuon_plugins.core.update_rules import MATCH_PROGRESS, Progress, largest_rms, normuon_direction
 
 # The three stages of a step, as the paper's Figure 1 compares them.
 STAGES = ("momentum", "muon", "normuon")
@@ -140,6 +140,7 @@ def diagnose_parameter(
     second_momentum: Tensor,
     group: Mapping[str, Any],
     *,
+    gradient_mean_square: Tensor | None = None,
     look_ahead: Tensor | None = None,
     orthogonalize_fn: Orthogonalize | None = None,
     per_parameter: int = PER_PARAMETER,
@@ -154,28 +155,38 @@ def diagnose_parameter(
         momentum: Whole, shape of the parameter, floating point. Not modified.
         second_momentum: Whole, with 1 for every input dimension. Not modified.
         group: Its options; ``layout`` says what its matrices are.
+        gradient_mean_square: Whole, one value per matrix; what ``match_progress_adamw`` keeps.
         look_ahead: What was orthogonalized under ``nesterov=True``, like ``momentum``; None takes that.
         orthogonalize_fn: In place of Newton-Schulz.
         per_parameter: At most so many matrices.
     """
     layout = parse_layout(group["layout"])
     shape, neuron_shape = tuple(momentum.shape), layout.neuron_state_shape(momentum.shape)
-    blocks = zip(layout.block_boxes(shape), layout.block_boxes(neuron_shape), layout.matrix_shapes(shape), strict=True)
+    blocks = zip(
+        layout.block_boxes(shape),
+        layout.block_boxes(neuron_shape),
+        layout.matrix_state_boxes(shape),
+        layout.matrix_shapes(shape),
+        strict=True,
+    )
     update = momentum if look_ahead is None else look_ahead
+    if gradient_mean_square is None:  # nobody reads it then
+        gradient_mean_square = momentum.new_zeros(layout.matrix_state_shape(shape))
     stacks = [
         (
-            _stack(momentum, box, layout, (*sizes, cols)),
-            _stack(update, box, layout, (*sizes, cols)),
-            _stack(second_momentum, neuron_box, layout, (*sizes, 1)),
+            _stack(momentum, box, layout, (count, rows, cols)),
+            _stack(update, box, layout, (count, rows, cols)),
+            _stack(second_momentum, neuron_box, layout, (count, rows, 1)),
+            _stack(gradient_mean_square, matrix_box, layout, (count, 1, 1)),
         )
-        for box, neuron_box, (*sizes, cols) in blocks
+        for box, neuron_box, matrix_box, (count, rows, cols) in blocks
     ]
     places = [(block, index) for block, stack in enumerate(stacks) for index in range(len(stack[0]))]
     several_blocks, several = len(stacks) > 1, any(len(stack[0]) > 1 for stack in stacks)
     for block, index in _evenly(places, per_parameter):
         label = name + (f" [block {block}]" if several_blocks else "") + (f" [matrix {index}]" if several else "")
-        matrix, orthogonalized, neurons = (tensors[index] for tensors in stacks[block])
-        yield diagnose_matrix(label, matrix, orthogonalized, neurons, group, orthogonalize_fn)
+        matrix, orthogonalized, neurons, mean_square = (tensors[index] for tensors in stacks[block])
+        yield diagnose_matrix(label, matrix, orthogonalized, neurons, group, orthogonalize_fn, mean_square)
 
 
 def diagnose_matrix(
@@ -185,6 +196,7 @@ def diagnose_matrix(
     second_momentum: Tensor,
     group: Mapping[str, Any],
     orthogonalize_fn: Orthogonalize | None = None,
+    gradient_mean_square: Tensor | None = None,
 ) -> MatrixDiagnosis:
     """Return what each stage of the step does to one matrix.
 
@@ -195,6 +207,7 @@ def diagnose_matrix(
         second_momentum: Shape ``(rows, 1)``.
         group: Options.
         orthogonalize_fn: In place of Newton-Schulz.
+        gradient_mean_square: One number; what ``match_progress_adamw`` keeps.
     """
     rows, cols = momentum.shape
     if not bool(torch.isfinite(momentum).all() & torch.isfinite(update).all()):
@@ -202,6 +215,12 @@ def diagnose_matrix(
     if not bool(momentum.any() and update.any()):
         return MatrixDiagnosis(name, (rows, cols), {}, "momentum is zero: this matrix never had a gradient")
     stages = {"momentum": _stage(_scaled(momentum))}
+    progress = None
+    if group["adjust_lr_fn"] == MATCH_PROGRESS and gradient_mean_square is not None:
+        # in the units of the scaled update
+        mean_square = gradient_mean_square.float().view(1, 1, 1) / update.abs().max().float().square()
+        largest = torch.as_tensor(largest_rms(group["lr"], rows, cols)).to(mean_square).expand_as(mean_square)
+        progress = Progress(_scaled(update)[None], mean_square, largest)
     for stage, normalize in (("muon", False), ("normuon", group["normalize_neurons"])):
         if stage == "normuon" and not (normalize and bool(second_momentum.any())):
             continue
@@ -213,6 +232,7 @@ def diagnose_matrix(
             beta2=1.0,  # leaves the second moment as the last step left it
             eps=group["eps"],
             adjust_lr_fn=group["adjust_lr_fn"],
+            progress=progress,
         )
         stages[stage] = _stage(found.direction[0].float())
     return MatrixDiagnosis(name, (rows, cols), stages)

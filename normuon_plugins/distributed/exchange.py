@@ -40,11 +40,13 @@ class Field:
         blocks: Where the stored tensor lies.
         box: The part of it that travels, by global indices.
         dtype: In which it travels.
+        returns: Whether it travels back; else the owner alone reads what arrived.
     """
 
     blocks: Blocks
     box: Box
     dtype: torch.dtype
+    returns: bool = True
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,9 @@ class Item:
         replicas = field.blocks.replicas
         return (place for place, replica in enumerate(replicas) if replica == replicas[self.owner])
 
-    def is_at(self, place: int) -> bool:
-        """Return whether ``place`` holds any of it."""
-        return any(shared(field.blocks.boxes[place], field.box) for field in self.fields)
+    def returns_to(self, place: int) -> bool:
+        """Return whether any of it travels back to ``place``."""
+        return any(field.returns and shared(field.blocks.boxes[place], field.box) for field in self.fields)
 
     def is_whole_at(self, place: int) -> bool:
         """Return whether ``place`` holds all of it."""
@@ -86,6 +88,7 @@ class _Route:
     field: int
     piece: Piece
     dtype: torch.dtype
+    returns: bool
 
     @cached_property
     def nbytes(self) -> int:
@@ -149,13 +152,13 @@ class Exchange:
             for place in range(len(field.blocks.ranks)) if item.owner == self._place else (self._place,):
                 back = self._back[item.shift(place) // shifts_per_part]
                 for piece in pieces(field.blocks.boxes[place], field.box):
-                    route = _Route(number, index, piece, field.dtype)
+                    route = _Route(number, index, piece, field.dtype, field.returns)
                     if place == item.owner:
                         self._own.append(route)
                         continue
-                    if place == self._place:
+                    if field.returns and place == self._place:
                         back.receives[item.owner].append(route)
-                    else:
+                    elif field.returns:
                         back.sends[place].append(route)
                     if place in sources:
                         if place == self._place:
@@ -194,7 +197,7 @@ class Exchange:
     def keep_own(self, whole: Whole, write: Write, chosen: Container[int]) -> None:
         """Write what this rank computed for itself."""
         for route in self._own:
-            if route.item in chosen:
+            if route.returns and route.item in chosen:
                 write(route.item, route.field, route.stored, route.computed(whole(route.item, route.field)))
 
     def finish_to_shards(self, pending: Pending, write: Write, chosen: Container[int]) -> None:
@@ -208,7 +211,8 @@ def _leaves(item: Item, part: int, shifts_per_part: int) -> bool:
     """Return whether anything of ``item`` goes to another rank in this part of the way back."""
     places = range(len(item.fields[0].blocks.ranks))
     return any(
-        place != item.owner and item.shift(place) // shifts_per_part == part and item.is_at(place) for place in places
+        place != item.owner and item.shift(place) // shifts_per_part == part and item.returns_to(place)
+        for place in places
     )
 
 

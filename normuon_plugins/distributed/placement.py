@@ -91,12 +91,13 @@ def whereabouts(tensor: Tensor) -> tuple[object, ...]:
     return (tensor.shape, tensor.device)
 
 
-def locate(tensor: Tensor, shape: Sequence[int] | None = None) -> Blocks:
+def locate(tensor: Tensor, shape: Sequence[int] | None = None, *, divided: bool = True) -> Blocks:
     """Return the blocks of a tensor on its mesh; a plain tensor lies whole on this rank.
 
     Args:
         tensor: A DTensor or a plain tensor.
         shape: Of a companion of ``tensor`` that ``zeros`` made; None is ``tensor`` itself.
+        divided: See ``companion_placements``.
 
     Raises:
         ValueError: If a placement is neither a shard nor a replica.
@@ -107,7 +108,7 @@ def locate(tensor: Tensor, shape: Sequence[int] | None = None) -> Blocks:
     mesh = tensor.device_mesh
     return locate_on_mesh(
         shape,
-        companion_placements(tensor.placements, tensor.shape, shape),
+        companion_placements(tensor.placements, tensor.shape, shape, divided=divided),
         tuple(mesh.shape),
         tuple(mesh.mesh.flatten().tolist()),
     )
@@ -157,22 +158,23 @@ def locate_on_mesh(
     return Blocks(ordered_ranks, boxes, replicas)
 
 
-def zeros(parameter: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def zeros(parameter: Tensor, shape: Sequence[int], dtype: torch.dtype, *, divided: bool = True) -> Tensor:
     """Return zeros of ``shape`` that lie where ``parameter`` lies: a DTensor for a DTensor.
 
     Args:
         parameter: What the zeros accompany.
-        shape: Global. A dimension of another size than the parameter's is replicated.
+        shape: Global.
         dtype: Of the zeros.
+        divided: See ``companion_placements``.
     """
     if not isinstance(parameter, DTensor):
         return torch.zeros(tuple(shape), dtype=dtype, device=parameter.device)
-    blocks = locate(parameter, shape)
+    blocks = locate(parameter, shape, divided=divided)
     box = blocks.boxes[blocks.ranks.index(my_rank())]
     return DTensor.from_local(
         torch.zeros([length(intervals) for intervals in box], dtype=dtype, device=local(parameter).device),
         parameter.device_mesh,
-        companion_placements(parameter.placements, parameter.shape, shape),
+        companion_placements(parameter.placements, parameter.shape, shape, divided=divided),
         run_check=False,
         shape=torch.Size(shape),
         stride=torch.empty(tuple(shape), device="meta").stride(),
@@ -202,12 +204,22 @@ def sharding_groups(tensor: Tensor) -> tuple[dist.ProcessGroup, ...]:
 
 
 def companion_placements(
-    placements: Sequence[Placement], shape: Sequence[int], companion: Sequence[int]
+    placements: Sequence[Placement], shape: Sequence[int], companion: Sequence[int], *, divided: bool = True
 ) -> tuple[Placement, ...]:
-    """Return the placements of a ``companion`` of a tensor of ``shape``: replicated where the sizes differ."""
+    """Return the placements of a ``companion`` of a tensor of ``shape``: replicated where a size became 1.
+
+    Args:
+        placements: Of the tensor.
+        shape: Global.
+        companion: Global shape of the companion.
+        divided: Whether other dimensions of another size are divided like the tensor's (one number for every 256 of a
+            row) or replicated, too (one number for every fused block).
+    """
     return tuple(
         Replicate()
-        if isinstance(placement, (Shard, _StridedShard)) and companion[placement.dim] == 1 != shape[placement.dim]
+        if isinstance(placement, (Shard, _StridedShard))
+        and companion[placement.dim] != shape[placement.dim]
+        and (companion[placement.dim] == 1 or not divided)
         else placement
         for placement in placements
     )

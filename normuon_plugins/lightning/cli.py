@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import Tensor
 from torch.optim import Optimizer
 
+from normuon_plugins.core.update_rules import MATCH_PROGRESS
 from normuon_plugins.lightning.configure import configure_normuon
 
 
@@ -21,7 +22,8 @@ class PlannedNorMuon(Optimizer):
     """
 
     # jsonargparse reads the code: it follows self.options through configure_normuon to NorMuon and finds every option
-    # with its type, its default and its help. The options of the plan it does not find; they are listed.
+    # with its type, its default and its help. The options of the plan it does not find, nor the default that
+    # build_normuon gives to adjust_lr_fn; they are listed.
     def __init__(
         self,
         params: Iterable[Tensor],
@@ -31,20 +33,22 @@ class PlannedNorMuon(Optimizer):
         split_fused: bool = True,
         per_head: bool = False,
         strict: bool = False,
+        adjust_lr_fn: str = MATCH_PROGRESS,
         **options: Any,
     ) -> None:
-        self.plan_options: dict[str, Any] = {
+        self.listed_options: dict[str, Any] = {
             "overrides": overrides,
             "lora": lora,
             "split_fused": split_fused,
             "per_head": per_head,
             "strict": strict,
+            "adjust_lr_fn": adjust_lr_fn,
         }
         self.options = options
 
     def configure(self, module: LightningModule) -> Any:
         """Return what ``configure_normuon`` returns for ``module``."""
-        return configure_normuon(module, **self.plan_options, **self.options)
+        return configure_normuon(module, **self.listed_options, **self.options)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]

@@ -153,7 +153,7 @@ def one_process(model, **options):
     matrices = [(name, p) for name, p in trained if ".self_attn." in name or ".mlp." in name]
     others = [(name, p) for name, p in trained if not (".self_attn." in name or ".mlp." in name)]
     groups = [{"params": matrices}, {"params": others, "algorithm": "adamw"}]
-    optimizer = NorMuon(groups, **{**OPTIONS, **options})
+    optimizer = NorMuon(groups, **{"adjust_lr_fn": "match_progress_adamw", **OPTIONS, **options})
     scheduler = LambdaLR(optimizer, cosine)
     norms, rates = [], []
     for batch in DataLoader(examples(), GLOBAL_BATCH):

@@ -190,7 +190,7 @@ def test_bf16_is_that_of_torch_and_keeps_weights_and_state_in_float32(two, expec
     found = two[0]["bf16"]
     assert max_difference(found["weights"], two[0]["bf16 by hand"]) == 0
     assert {tensor.dtype for tensor in [*found["weights"].values(), *found["state"].values()]} == {torch.float32}
-    assert 1e-3 < max_difference(found["weights"], expected[None]["weights"]) < 0.1
+    assert 1e-3 < max_difference(found["weights"], expected[None]["weights"]) < 0.15
 
 
 def test_a_head_that_no_checkpoint_had_is_trained_on_every_rank(two):

@@ -155,10 +155,13 @@ def test_a_scheduler_of_lightning_is_refused_with_the_way_that_works():
 
 
 def test_an_optimizer_callable_trains_on_planned_groups():
+    """The class's own default is the paper's size of a step; the file may choose the other."""
     arguments = ["--model.optimizer=normuon_plugins.NorMuon", "--model.optimizer.lr=0.05"]
-    cli = command(LightningCLI, ModelWithOptimizer, *arguments)
-    assert isinstance(fit(cli), NorMuon)
-    assert max_difference(cli.model, trained_by_hand(lr=0.05)) == 0
+    for chosen, rule in (([], "match_rms_adamw"), (["match_progress_adamw"], "match_progress_adamw")):
+        words = [f"--model.optimizer.adjust_lr_fn={word}" for word in chosen]
+        cli = command(LightningCLI, ModelWithOptimizer, *arguments, *words)
+        assert isinstance(fit(cli), NorMuon)
+        assert max_difference(cli.model, trained_by_hand(lr=0.05, adjust_lr_fn=rule)) == 0
 
 
 def test_an_optimizer_callable_takes_any_other_optimizer_on_the_same_groups():

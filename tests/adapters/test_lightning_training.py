@@ -78,6 +78,7 @@ def test_bf16_true_keeps_the_second_moments_of_the_neurons_in_float32(tmp_path):
     assert {name: value.dtype for name, value in state.items()} == {
         "momentum_buffer": torch.bfloat16,
         "second_momentum_buffer": torch.float32,
+        "gradient_mean_square": torch.float32,
     }
     assert max_difference(module.model, plain_loop(tiny_llama().bfloat16())) == 0
 

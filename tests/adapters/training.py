@@ -50,7 +50,8 @@ def run_plain_loop():
     named = list(model.named_parameters())
     matrices = [(n, p) for n, p in named if ".self_attn." in n or ".mlp." in n]
     others = [(n, p) for n, p in named if not (".self_attn." in n or ".mlp." in n)]
-    optimizer = NorMuon([{"params": matrices}, {"params": others, "algorithm": "adamw"}], **OPTIONS)
+    groups = [{"params": matrices}, {"params": others, "algorithm": "adamw"}]
+    optimizer = NorMuon(groups, adjust_lr_fn="match_progress_adamw", **OPTIONS)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
     for batch in DataLoader(examples(), GLOBAL_BATCH):
         model(**batch).loss.backward()

@@ -43,18 +43,32 @@ def test_replicas_gather_nothing_and_receive_everything_once():
     shapes = [((64, 32), "o i")] * 16
     report = plan_exchange(shapes, shards=1, replicas=4)
     assert report.collectives == 1
-    assert report.bytes_received == [12 * (64 * 32 * 2 + 64 * 4)] * 4
+    # of each matrix the direction, the neuron state, and the mean square of its gradient
+    assert report.bytes_received == [12 * (64 * 32 * 2 + 64 * 4 + 4)] * 4
     assert report.bytes_sent == report.bytes_received
 
 
 def test_hsdp_gathers_within_a_replica_only():
     shapes = [((64, 32), "o i")] * 16
-    flat, hybrid = plan_exchange(shapes, shards=8), plan_exchange(shapes, shards=4, replicas=2)
+    rule = {"adjust_lr_fn": "match_rms_adamw"}
+    flat, hybrid = plan_exchange(shapes, shards=8, **rule), plan_exchange(shapes, shards=4, replicas=2, **rule)
     assert max(hybrid.multiplications) == max(flat.multiplications)
     one_way = 16 * (64 * 32 * 2 + 64 * 4)
     assert sum(flat.bytes_sent) == 2 * one_way * 7 // 8
     # Out: what three of four ranks hold. Back: to three ranks of the owner's replica and to four of the other one.
     assert sum(hybrid.bytes_sent) == one_way * 3 // 4 + one_way * (3 + 4) // 4
+
+
+@pytest.mark.parametrize("mesh", [{"shards": 8}, {"shards": 4, "replicas": 2}, {"shards": 1, "replicas": 4}])
+def test_matching_progress_sends_no_message_more_and_a_few_bytes(mesh):
+    fixed = plan_exchange(LLAMA_3_8B, adjust_lr_fn="match_rms_adamw", **mesh)
+    matched = plan_exchange(LLAMA_3_8B, **mesh)
+    assert (matched.collectives, matched.rounds) == (fixed.collectives, fixed.rounds)
+    assert matched.multiplications == fixed.multiplications
+    ranks = len(fixed.bytes_sent)
+    more = sum(matched.bytes_sent) - sum(fixed.bytes_sent)
+    # Per matrix: the sum of squares from every other rank of a replica, and the mean square to all other ranks.
+    assert more == len(LLAMA_3_8B) * 4 * ((mesh["shards"] - 1) + (ranks - 1))
 
 
 def test_experts_on_their_dimension_cost_no_message():

@@ -26,6 +26,8 @@ OPTIONS = {
     # The gradient of a key's bias is zero but for rounding, which AdamW would scale up to a step of its own.
     "adamw_eps": 1e-3,
     "ns_dtype": "float64",
+    # Keeps no number in float32 per matrix, so that the weights agree in float64.
+    "adjust_lr_fn": "match_rms_adamw",
 }
 # What other neurons or blocks make of the weights is 0.02 or more; what float64 makes of them, less than 1e-14.
 ANOTHER_UPDATE = 0.01

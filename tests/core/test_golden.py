@@ -37,7 +37,7 @@ def gradients(shape, step):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("adjust_lr_fn", ["match_rms_adamw", "original"])
+@pytest.mark.parametrize("adjust_lr_fn", ["match_rms_adamw", "original", "match_progress_adamw"])
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_matches_the_paper_in_float64(case, adjust_lr_fn, nesterov, normalize):

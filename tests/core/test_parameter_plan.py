@@ -534,7 +534,8 @@ def test_flat_parameters_are_refused_also_where_they_are_a_part():
 def test_printed_table_folds_layers_and_ends_with_the_shares():
     text = str(plan_parameters(tiny_llama()))
     assert "model.layers.{0-1}.mlp.up_proj.weight" in text
-    assert len(text.splitlines()) == 2 + 12 + 3
+    assert len(text.splitlines()) == 2 + 12 + 3 + 2
+    assert text.endswith("(adjust_lr_fn='match_progress_adamw').")
     assert re.search(r"normuon +14 tensors +15,360 parameters +78\.\d%", text)
     columns = text.splitlines()[0].split()
     assert columns == ["parameter", "shape", "algorithm", "layout", "decay", "reason"]

@@ -422,12 +422,13 @@ def test_replaced_parameters_are_found_at_the_next_step():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own, 2.13
-def test_compiled_steps_give_the_same_weights():
+@pytest.mark.parametrize("rule", ["match_rms_adamw", "match_progress_adamw"])
+def test_compiled_steps_give_the_same_weights(rule):
     """Once: compiling takes seconds. float32 products, so that only the order of sums may differ."""
     weights = [torch.nn.Parameter(torch.randn(2, 24, 40)[index].clone()) for index in (0, 1)]
     twins = [torch.nn.Parameter(weight.detach().clone()) for weight in weights]
-    compiled = NorMuon(weights, lr=0.1, compile=True, ns_dtype="float32")
-    eager = NorMuon(twins, lr=0.1, ns_dtype="float32")
+    compiled = NorMuon(weights, lr=0.1, compile=True, ns_dtype="float32", adjust_lr_fn=rule)
+    eager = NorMuon(twins, lr=0.1, ns_dtype="float32", adjust_lr_fn=rule)
     for _ in range(3):
         for weight, twin in zip(weights, twins, strict=True):
             weight.grad = torch.randn_like(weight)

@@ -46,7 +46,7 @@ def assert_shows(stage, matrix):
     torch.testing.assert_close(stage.neuron_norms.double(), (exact**2).sum(1).sqrt(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("adjust_lr_fn", ["match_rms_adamw", "original"])
+@pytest.mark.parametrize("adjust_lr_fn", ["match_rms_adamw", "original", "match_progress_adamw"])
 @pytest.mark.parametrize("shape", [(6, 10), (10, 6), (7, 7)])
 def test_last_stage_is_what_the_step_added_to_the_weight(shape, adjust_lr_fn):
     """With lr=1 and no decay the weight moves by the direction."""

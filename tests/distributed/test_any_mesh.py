@@ -15,6 +15,8 @@ WORLDS = (1, 2, 3, 4)
 OPTIONS = {
     "defaults": {},
     "small buckets": {"bucket_bytes": 400},
+    "progress, small buckets": {"adjust_lr_fn": "match_progress_adamw", "bucket_bytes": 400},
+    "progress, redundant replicas": {"adjust_lr_fn": "match_progress_adamw", "replicas": "redundant"},
     "redundant replicas": {"replicas": "redundant", "nesterov": False},
     "float32 products, original scale": {"ns_dtype": "float32", "adjust_lr_fn": "original", "bucket_bytes": 1000},
 }
@@ -51,7 +53,7 @@ def compare():
                     isinstance(value, DTensor) and value.placements == parameter.placements
                     for parameter in model.parameters()
                     for key, value in optimizer.state[parameter].items()
-                    if key not in ("step", "second_momentum_buffer")
+                    if key not in ("step", "second_momentum_buffer", "gradient_mean_square")
                 ),
                 "second moments": {
                     str(value.dtype)

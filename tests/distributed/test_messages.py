@@ -107,8 +107,11 @@ def measure_traffic():
     rank, world = dist.get_rank(), dist.get_world_size()
     found = []
     with pytest.MonkeyPatch.context() as monkeypatch:
-        line, square, small_buckets = (world,), (2, world // 2), {"bucket_bytes": 2 * SIDE**2 * 2}
-        for mesh_shape, options in ((line, {}), (line, small_buckets), (square, {})):
+        line, square = (world,), (2, world // 2)
+        fixed, matched = {"adjust_lr_fn": "match_rms_adamw"}, {"adjust_lr_fn": "match_progress_adamw"}
+        small_buckets = {**fixed, "bucket_bytes": 2 * SIDE**2 * 2}
+        runs = ((line, fixed), (line, small_buckets), (square, fixed), (line, matched), (square, matched))
+        for mesh_shape, options in runs:
             names = ("replicate", "shard")[-len(mesh_shape) :]
             model = square_model(13, init_device_mesh("cpu", mesh_shape, mesh_dim_names=names))
             recorder = Recorder(monkeypatch)
@@ -139,7 +142,7 @@ def test_traffic_is_what_the_report_says_and_no_matrix_is_multiplied_twice():
                 seen, reported = run[direction]
                 assert reported <= seen <= 1.02 * reported + 200
             assert run["messages"][0] == run["messages"][1]
-    in_one_round, in_many, _ = ranks[0]
+    in_one_round, in_many, *_ = ranks[0]
     assert in_one_round["messages"][0] == 2
     assert in_many["messages"][0] > 2
     shard = 13 * SIDE * SIDE * 2 // 4
