@@ -1,7 +1,7 @@
 """The command ``normuon``.
 
 ``normuon plan`` prints the plan of a Hugging Face model from its config, without weights. ``normuon diagnose`` makes a
-report of the optimizer state in a checkpoint.
+report of the optimizer state in a checkpoint. ``normuon tune`` searches for both learning rates.
 
 Only what was asked for goes to stdout; notes and errors, one sentence each, go to stderr. A wrong command line exits
 with 2, a model that cannot be built or a plan that is refused with 1.
@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 from normuon_plugins.config_model import Refused, build_model
 from normuon_plugins.core.parameter_plan import plan_parameters
+from normuon_plugins.tuning import command
 
 EXAMPLES = r"""examples:
   normuon plan meta-llama/Llama-3.1-8B
@@ -90,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_plan(commands)
     _add_diagnose(commands)
+    _add_tune(commands)
     return parser
 
 
@@ -175,6 +177,19 @@ def _add_diagnose(commands: Any) -> None:
     )
 
 
+def _add_tune(commands: Any) -> None:
+    tune = commands.add_parser(
+        "tune",
+        help="search for both learning rates on a model and its data",
+        description=command.DESCRIPTION,
+        epilog=command.EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    tune.set_defaults(run=_tune, parser=tune)
+    command.add_arguments(tune)
+
+
 def _plan(options: argparse.Namespace) -> str:
     """Return what ``normuon plan`` prints."""
     with redirect_stdout(sys.stderr):  # where anything belongs that transformers or a model's own code prints
@@ -207,6 +222,16 @@ def _diagnose(options: argparse.Namespace) -> str:
     finally:
         _say("")
     return "\n".join([*reading(diagnosis), f"wrote {written}"])
+
+
+def _tune(options: argparse.Namespace) -> str:
+    """Return what ``normuon tune`` prints."""
+    try:
+        return command.tune(options)
+    except KeyboardInterrupt as stopped:
+        raise Refused("interrupted") from stopped
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise Refused(str(error)) from error
 
 
 def _say(name: str) -> None:

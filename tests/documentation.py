@@ -13,8 +13,9 @@ from unittest import mock
 
 import torch
 from packaging.requirements import Requirement
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from normuon_plugins import NorMuon
 from tests.adapters.cpu_start import forget
@@ -23,6 +24,8 @@ from tests.models import tiny_llama, token_blocks
 # Sizes that let an example program end in seconds; the page says none, so that they come last.
 SHORT = "--steps 2 --eval-every 2 --save-every 2 --eval-batches 1 --batch-size 2 --sequence-length 16"
 SHORT += " --vocabulary 300 --width 64 --layers 1"
+# The same of normuon tune.
+SHORT_TUNE = "--steps 2 --budget 4 --batch-size 2 --sequence-length 16"
 
 # What a reader has at hand where a page says train.py: a script for the Trainer that never heard of us.
 TRAIN_SCRIPT = """
@@ -72,12 +75,26 @@ def make_sandbox(folder, root, corpus):
     (folder / "train.py").write_text(TRAIN_SCRIPT)
     for name in ("meta-llama/Llama-3.1-8B", "checkpoint"):
         LlamaConfig(architectures=["LlamaForCausalLM"], num_hidden_layers=2).save_pretrained(folder / name)
+    page = root / "docs" / "tuning.md"
+    _make_tuned(folder, next(code for _, code in blocks(page) if code.startswith("# my_task.py")))
     weight = torch.nn.Parameter(torch.zeros(4, 6))
     optimizer = NorMuon([("layers.0.weight", weight)])
     weight.grad = torch.ones(4, 6) + torch.eye(4, 6)
     optimizer.step()
     (folder / "out" / "checkpoint-1000").mkdir(parents=True)
     torch.save(optimizer.state_dict(), folder / "out" / "checkpoint-1000" / "optimizer.pt")
+
+
+def _make_tuned(folder, task):
+    """Write what docs/tuning.md takes for granted: a language model with a tokenizer, a text, and its my_task.py."""
+    (folder / "my_task.py").write_text(task)
+    text = " ".join(f"word{number % 7}" for number in range(400))
+    (folder / "book.txt").write_text(text)
+    words = {word: index for index, word in enumerate(["<unk>", "<eos>", *sorted(set(text.split()))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder / "my-model")
+    tiny_llama().save_pretrained(folder / "my-model")
 
 
 class Runner:
@@ -112,8 +129,9 @@ class Runner:
     def _normuon(self, words):
         from normuon_plugins.cli import main
 
+        more = shlex.split(SHORT_TUNE) if words[0] == "tune" else []
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            main(words)
+            assert main([*words, *more]) == 0
         assert printed.getvalue()
 
     def _torchrun(self, words):

@@ -25,6 +25,7 @@ COMPILERS = {"matrix_step.py"}  # where the user asks for it
 PURE = ("newton_schulz", "orthogonalize", "update_rules", "layout", "momentum", "compensation")
 # The mathematics and the movement of tensors know nothing of each other; these bring them together.
 MEETING_POINTS = {
+    "gradient_squares.py",
     "stacks.py",
     "team_plan.py",
     "step_plan.py",
@@ -71,6 +72,8 @@ def test_layers(path):
         "accelerate": {"accelerate"},
         "hf_trainer": {"transformers"},
     }.get(place, set())
+    if (place, path.name) == ("tuning", "language_model.py"):
+        allowed = {"transformers"}  # inside the functions that the command calls
     assert roots(path) & FRAMEWORKS <= allowed
     own = {name for name in imports(path) if name.startswith("normuon_plugins.")}
     if place == "core":
@@ -79,6 +82,8 @@ def test_layers(path):
         assert all(name.startswith("normuon_plugins.core.") for name in own - movement)
     elif place == "distributed":
         assert all(name.startswith("normuon_plugins.distributed.") for name in own)
+    elif place == "tuning":
+        assert {name.split(".")[1] for name in own} <= {"core", "distributed", "tuning", "extras"}
     elif allowed:
         other_adapters = {"lightning", "accelerate", "hf_trainer"} - {place}
         assert not any(name.split(".")[1] in other_adapters for name in own)
@@ -97,6 +102,24 @@ def test_diagnostics_are_imported_by_those_who_ask_for_a_report():
         and any(name.startswith("normuon_plugins.diagnostics") for name in imports(path))
     }
     assert users == {"cli.py", "lightning/diagnostics.py", "hf_trainer/diagnostics.py"}
+
+
+def test_tuning_is_imported_by_the_command_line_alone_and_its_files_are_small():
+    users = {
+        str(path.relative_to(PACKAGE))
+        for path in FILES
+        if path.parent.name != "tuning" and any(name.startswith("normuon_plugins.tuning") for name in imports(path))
+    }
+    assert users == {"cli.py"}
+    for path in (PACKAGE / "tuning").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 150
+
+
+def test_what_decides_which_rates_are_tried_is_free_of_torch():
+    for name in ("grid", "search", "comparison", "reading"):
+        path = PACKAGE / "tuning" / f"{name}.py"
+        assert roots(path) <= {"normuon_plugins", *sys.stdlib_module_names}
+        assert all(found.startswith("normuon_plugins.tuning") for found in imports(path) if "normuon" in found)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -134,11 +157,11 @@ def test_importing_the_package_loads_no_framework_and_changes_nothing():
     program = """
 import json, os, sys, torch
 before = dict(os.environ)
-import normuon_plugins, normuon_plugins.core.build
+import normuon_plugins, normuon_plugins.core.build, normuon_plugins.tuning, normuon_plugins.cli
 print(json.dumps([sorted(name for name in sys.modules if "." not in name), dict(os.environ) == before]))
 """
     modules, unchanged = json.loads(subprocess.check_output([sys.executable, "-c", program], text=True))
-    assert not FRAMEWORKS & set(modules)
+    assert not {*FRAMEWORKS, "matplotlib"} & set(modules)
     assert unchanged
 
 

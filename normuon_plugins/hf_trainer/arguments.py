@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections import Counter
 from dataclasses import fields
 from typing import Any
@@ -33,10 +34,19 @@ def normuon_options(args: TrainingArguments) -> dict[str, Any]:
 
     Raises:
         ValueError: If a key is not an option or stands twice, or see ``collect_overrides``.
+
+    Warns:
+        UserWarning: If ``learning_rate`` is the field's own default: the arguments keep no record of what was set.
     """
     options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     adam = ("adam_beta1", "adam_beta2", "adam_epsilon")
     defaults = {field.name: field.default for field in fields(TrainingArguments)}
+    if args.learning_rate == defaults["learning_rate"]:
+        warnings.warn(
+            f"learning_rate={args.learning_rate:g} is the Trainer's default, which nobody chose for this model. Set"
+            " learning_rate= to the one that AdamW has; docs/tuning.md says how to find one.",
+            stacklevel=2,
+        )
     changed = {name: getattr(args, name) for name in adam if getattr(args, name) != defaults[name]}
     if changed.keys() & {"adam_beta1", "adam_beta2"}:
         beta1, beta2 = inspect.signature(NorMuon).parameters["adamw_betas"].default

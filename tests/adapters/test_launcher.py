@@ -15,6 +15,7 @@ from tests.documentation import TRAIN_SCRIPT
 
 ARGUMENTS = ["--output_dir", "out", "--optim", "normuon", "--max_steps", "2", "--use_cpu", "--report_to", "none"]
 ARGUMENTS += ["--save_strategy", "no", "--disable_tqdm", "true", "--per_device_train_batch_size", "2"]
+ARGUMENTS += ["--learning_rate", "1e-3"]
 BIN = Path(sys.executable).parent
 
 

@@ -215,6 +215,36 @@ def test_a_trial_after_another_equals_a_run_with_its_arguments_alone(search, tmp
     assert max_difference(weights(alone.model), last["weights"]) == 0
 
 
+def rates(trial):
+    """The space that docs/tuning.md shows: both learning rates on a logarithmic scale."""
+    adamw_lr = trial.suggest_float("adamw_lr", 1e-4, 1e-1, log=True)
+    return {
+        "learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-1, log=True),
+        "optim_args": f"adamw_lr={adamw_lr}",
+    }
+
+
+def test_the_search_goes_over_both_rates_and_names_those_of_the_smallest_loss(tmp_path):
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    watch, losses = Watch(), []
+    trainer = make_searched(tmp_path, [watch])
+
+    def objective(metrics):
+        losses.append(metrics["eval_loss"])
+        return losses[-1]
+
+    sampler = optuna.samplers.RandomSampler(seed=0)
+    best = trainer.hyperparameter_search(
+        rates, n_trials=3, direction="minimize", backend="optuna", sampler=sampler, compute_objective=objective
+    )
+    peaks = [
+        {"learning_rate": trial["groups"]["normuon"]["initial_lr"], "adamw_lr": trial["groups"]["adamw"]["initial_lr"]}
+        for trial in watch.trials
+    ]
+    assert len({tuple(peak.values()) for peak in peaks}) == 3
+    assert best.hyperparameters == pytest.approx(peaks[losses.index(min(losses))])
+
+
 def test_the_best_run_names_arguments_of_a_trial(search):
     trials, best = search
     assert best.hyperparameters in [trial["arguments"] for trial in trials]

@@ -69,6 +69,13 @@ def test_adam_fields_reach_adamw_only_where_the_user_changed_them(tmp_path):
     assert both.param_groups[1]["betas"] == (0.8, 0.99)
 
 
+def test_the_learning_rate_that_nobody_set_is_told_with_the_remedy(tmp_path):
+    arguments = trainer_arguments(tmp_path, learning_rate=TrainingArguments("unset").learning_rate)
+    with pytest.warns(UserWarning, match=r"learning_rate=5e-05 is the Trainer's default.*docs/tuning\.md"):
+        optimizer = optimizer_for(arguments)
+    assert optimizer.param_groups[0]["lr"] == 5e-5
+
+
 # option -> how it is written, what arrives
 WRITTEN = {
     "adamw_betas": ("0.8:0.9", (0.8, 0.9)),

@@ -70,7 +70,8 @@ def test_a_file_and_a_single_override_add_up(tmp_path):
 def test_overrides_arrive_from_the_command_line(tmp_path):
     (tmp_path / "plan.json").write_text('{"down_proj": "adamw"}')
     line = ["--output_dir", "out", "--optim", "normuon", "--optim_args", "overrides=plan.json", "--use_cpu"]
-    (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses([*line, "--report_to", "none"])
+    line += ["--learning_rate", "1e-3", "--report_to", "none"]
+    (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(line)
     _, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     assert options["overrides"] == {"down_proj": "adamw"}
 
