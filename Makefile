@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/installed
 help:
 	@echo "make demo      train AdamW, Muon and NorMuon on the standard library's source; table and demo/loss.png"
 	@echo "make bench     step time, memory and traffic beside every installed peer; benchmarks/results, ten minutes"
-	@echo "make evidence  AdamW, Muon, NorMuon and variants, tuned on equal terms; tables and plots, an hour"
+	@echo "make evidence  NorMuon at AdamW's rate in fine-tuning; then everybody at tuned rates; tables and plots, an hour"
 	@echo "make test      run the tests"
 	@echo "make check     formatting, lint, types, who imports whom"
 	@echo "make format    apply the formatting"
@@ -28,6 +28,7 @@ bench: $(INSTALLED)
 
 # Interrupted, it goes on where it stopped.
 evidence: $(INSTALLED)
+	$(BIN)/python benchmarks/pretrained.py
 	$(BIN)/python benchmarks/convergence.py
 
 # Two files at a time: many tests start processes and wait for them.

@@ -401,7 +401,7 @@ def test_large_model_without_a_gpu_says_that_it_is_skipped(root, tmp_path):
 
 
 def page_lines(root):
-    return set((root / "docs" / "evidence.md").read_text().splitlines())
+    return set((root / "docs" / "evidence_details.md").read_text().splitlines())
 
 
 def assert_on_page(root, table):
@@ -442,6 +442,27 @@ def test_other_tables_on_the_page_are_those_of_the_results(root):
     assert_on_page(root, transfer.markdown(valleys, record["seeds"]))
     record = json.loads((root / "docs" / "evidence" / "finetuning.json").read_text())
     assert_on_page(root, finetuning.markdown(record["arms"], record["seeds"]))
+
+
+def test_tables_of_rates_on_the_first_page_are_those_of_the_results(root):
+    from evidence.rate_report import markdown
+    from rates import read
+
+    lines = set((root / "docs" / "evidence.md").read_text().splitlines())
+    files = sorted((root / "docs" / "evidence").glob("rates-*.json"))
+    assert len(files) >= 4
+    for file in files:
+        for comparison in read(file):
+            missing = [line for line in markdown(comparison).splitlines() if line and line not in lines]
+            assert not missing, file
+
+
+def test_the_table_of_regimes_is_that_of_the_results(root):
+    from regimes import markdown
+
+    record = json.loads((root / "docs" / "evidence" / "regimes.json").read_text())
+    lines = set((root / "docs" / "evidence.md").read_text().splitlines())
+    assert {line for line in markdown(record["regimes"]).splitlines() if line} <= lines
 
 
 def test_published_rates_are_the_optima_of_the_published_tuning(root):
