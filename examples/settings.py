@@ -21,9 +21,10 @@ from normuon_plugins import plan_parameters
 from normuon_plugins.core.orthogonalize import fast_matmul_dtype
 
 OPTIMIZERS = ("adamw", "muon", "normuon")
-# Peak learning rates of the hidden matrices and of everything else, tuned for a small Llama: docs/evidence.md. They are
-# for training from scratch; a pretrained --model wants a --lr a hundred times smaller.
-RATES = {"adamw": (4e-3, 3.2e-2), "muon": (1.6e-2, 3.2e-2), "normuon": (1.6e-2, 3.2e-2)}
+# Peak learning rates of the hidden matrices and of everything else. For the small Llama, each optimizer's own best
+# hidden rate on powers of two, with the default text and length; for a pretrained --model, where AdamW's usually lies.
+RATES = {"adamw": (8e-3, 3.2e-2), "muon": (1.6e-2, 3.2e-2), "normuon": (8e-3, 3.2e-2)}
+PRETRAINED_RATES = {"adamw": (1e-4, 1e-4), "muon": (4e-4, 1e-4), "normuon": (1e-4, 1e-4)}
 # AdamW's betas for language models, the same for every contender (NorMuon's AdamW groups have them by default).
 BETAS = (0.9, 0.95)
 
@@ -44,8 +45,10 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     model.add_argument("--width", type=width, default=192, help="hidden size of the small Llama, a multiple of 64")
     model.add_argument("--layers", type=int, default=4, help="layers of the small Llama")
     training = parser.add_argument_group("training")
-    training.add_argument("--lr", type=float, help="peak learning rate of the hidden matrices; RATES if absent")
-    training.add_argument("--adamw-lr", type=float, help="of everything else; --lr if absent, RATES without --lr")
+    training.add_argument(
+        "--lr", type=float, help="peak learning rate of the hidden matrices; tuned for --optim if absent"
+    )
+    training.add_argument("--adamw-lr", type=float, help="of everything else; --lr if absent, tuned without --lr")
     training.add_argument(
         "--weight-decay", type=float, default=0.1, help="of the hidden matrices, whatever trains them"
     )
@@ -151,7 +154,8 @@ def initialize(model: LlamaForCausalLM) -> None:
 
 def learning_rates(args: argparse.Namespace) -> tuple[float, float]:
     """Return the peak learning rates of the hidden matrices and of everything else."""
-    lr, adamw_lr = RATES[args.optim] if args.lr is None else (args.lr, args.lr)
+    rates = PRETRAINED_RATES if args.model else RATES
+    lr, adamw_lr = rates[args.optim] if args.lr is None else (args.lr, args.lr)
     return lr, adamw_lr if args.adamw_lr is None else args.adamw_lr
 
 
@@ -170,10 +174,11 @@ def make_adamw(model: nn.Module, args: argparse.Namespace, *, fused: bool = True
 
 
 def normuon_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what ``prepare_normuon`` and ``configure_normuon`` are given; Muon is NorMuon without the neuron step."""
+    """Return what ``prepare_normuon`` and ``configure_normuon`` are given; Muon has no neuron step and one size."""
     lr, adamw_lr = learning_rates(args)
     options = {"lr": lr, "adamw_lr": adamw_lr, "weight_decay": args.weight_decay}
-    return {**options, "normalize_neurons": args.optim == "normuon"}
+    muon = {"normalize_neurons": False, "adjust_lr_fn": "match_rms_adamw"}
+    return {**options, **(muon if args.optim == "muon" else {})}
 
 
 def bf16_is_fast() -> bool:

@@ -31,8 +31,8 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         optimizer = {"optim": "adamw_torch_fused", "adam_beta1": BETAS[0], "adam_beta2": BETAS[1]}
     else:
         register_normuon()
-        options = {key: normuon_options(args)[key] for key in ("adamw_lr", "normalize_neurons")}
-        words = ",".join(f"{key}={value}" for key, value in options.items())
+        options = normuon_options(args)
+        words = ",".join(f"{key}={value}" for key, value in options.items() if key not in ("lr", "weight_decay"))
         optimizer = {"optim": "normuon", "optim_args": words}
     return TrainingArguments(
         output_dir=str(args.output),
