@@ -81,7 +81,8 @@ class NorMuon(Optimizer):
             parameter and its state stay as they are, counted in ``skipped_steps``. ``"raise"``:
             ``FloatingPointError`` with its name, before any write.
         bucket_bytes: Bound on the matrices that are moved or multiplied at once, in bytes of the products' dtype. The
-            transient memory of a step is at most 8 times this, or one matrix where that is larger.
+            transient memory of a step is at most 8 times this (9 under ``"match_progress_adamw"``), or one matrix where
+            that is larger.
         orthogonalize_fn: Replaces Newton-Schulz: a function from ``(batch, rows, cols)`` to a new tensor like it.
         compile: Fuse what follows Newton-Schulz (the neuron step and the rescale) by ``torch.compile``, at the first
             step.

@@ -173,7 +173,7 @@ def test_the_schedule_is_that_of_transformers_without_its_step_of_zero(warmup, s
         ours = [task.factor(step, steps) for step in range(steps)]
         expected = [theirs.lr_lambdas[0](step) for step in range(steps)]
         assert ours[warm:] == pytest.approx(expected[warm:])
-        assert all(0 < one < two for one, two in itertools.pairwise(ours))
+        assert all(one < two for one, two in itertools.pairwise(ours[:warm]))
         assert min(ours) > 0
 
 
