@@ -22,7 +22,7 @@ REGEX_USERS = {
     "cli.py",
 }  # re.compile, not torch.compile
 COMPILERS = {"matrix_step.py"}  # where the user asks for it
-PURE = ("newton_schulz", "orthogonalize", "update_rules", "layout", "momentum", "compensation")
+PURE = ("newton_schulz", "orthogonalize", "step_size", "update_rules", "layout", "momentum", "compensation")
 # The mathematics and the movement of tensors know nothing of each other; these bring them together.
 MEETING_POINTS = {
     "gradient_squares.py",

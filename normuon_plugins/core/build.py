@@ -12,7 +12,7 @@ from torch import nn
 from normuon_plugins.core.lost_parameters import watch_for_lost_parameters
 from normuon_plugins.core.optimizer import NorMuon
 from normuon_plugins.core.parameter_plan import plan_parameters
-from normuon_plugins.core.update_rules import MATCH_PROGRESS
+from normuon_plugins.core.step_size import MATCH_PROGRESS
 
 LOGGER = logging.getLogger("normuon_plugins")
 # What each side takes besides the model or its parameters.

@@ -14,8 +14,8 @@ from normuon_plugins.core.buckets import DEFAULT_BUCKET_BYTES, is_local
 from normuon_plugins.core.group_options import NS_DTYPES
 from normuon_plugins.core.layout import parse_layout
 from normuon_plugins.core.stacks import Stack, divide
+from normuon_plugins.core.step_size import MATCH_PROGRESS
 from normuon_plugins.core.team_plan import item_of, plan_buckets
-from normuon_plugins.core.update_rules import MATCH_PROGRESS
 from normuon_plugins.distributed.boxes import Box, shared
 from normuon_plugins.distributed.placement import Blocks, companion_placements, locate_on_mesh
 

@@ -15,7 +15,7 @@ from normuon_plugins.core.layout import parse_layout
 from normuon_plugins.core.momentum import MOMENTUM_DTYPES
 from normuon_plugins.core.orthogonalize import PRESETS
 from normuon_plugins.core.quantized import is_quantized
-from normuon_plugins.core.update_rules import ADJUST_LR_FNS
+from normuon_plugins.core.step_size import ADJUST_LR_FNS
 
 DEFAULT_LAYOUT = "o i"
 TRAINABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

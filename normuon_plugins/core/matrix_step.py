@@ -18,17 +18,10 @@ from normuon_plugins.core.metrics import NeuronRecord
 from normuon_plugins.core.orthogonalize import orthogonalize
 from normuon_plugins.core.stacks import SQUARES, Stack
 from normuon_plugins.core.step_plan import Team
+from normuon_plugins.core.step_size import MATCH_PROGRESS, largest_rms, update_mean_square
 from normuon_plugins.core.stored_matrix import StoredMatrix
 from normuon_plugins.core.team_plan import Bucket
-from normuon_plugins.core.update_rules import (
-    MATCH_PROGRESS,
-    Progress,
-    Scale,
-    largest_rms,
-    normuon_direction,
-    scale_neurons,
-    update_mean_square,
-)
+from normuon_plugins.core.update_rules import Progress, Scale, normuon_direction, scale_neurons
 from normuon_plugins.distributed.boxes import length
 from normuon_plugins.distributed.exchange import Cut, Pending
 

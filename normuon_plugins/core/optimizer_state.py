@@ -19,7 +19,7 @@ from normuon_plugins.core.momentum import (
     momentum_specs,
     stored_momentum,
 )
-from normuon_plugins.core.update_rules import MATCH_PROGRESS, NO_VALUE
+from normuon_plugins.core.step_size import MATCH_PROGRESS, NO_VALUE
 from normuon_plugins.distributed.placement import describe, local, whereabouts, zeros
 
 MOMENTUM = frozenset({"momentum_buffer", "momentum_scale"})

@@ -19,8 +19,8 @@ from normuon_plugins.core.layout import parse_layout
 from normuon_plugins.core.momentum import check_blocks, momentum_dtype
 from normuon_plugins.core.orthogonalize import fast_matmul_dtype
 from normuon_plugins.core.stacks import Stack, divide
+from normuon_plugins.core.step_size import MATCH_PROGRESS
 from normuon_plugins.core.team_plan import Bucket, plan_buckets
-from normuon_plugins.core.update_rules import MATCH_PROGRESS
 from normuon_plugins.distributed.agreement import check_equal, create_group
 from normuon_plugins.distributed.boxes import length
 from normuon_plugins.distributed.placement import (

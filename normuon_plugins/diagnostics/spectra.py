@@ -13,7 +13,8 @@ from torch import Tensor
 from normuon_plugins.core.group_options import NS_DTYPES
 from normuon_plugins.core.layout import Layout, parse_layout
 from normuon_plugins.core.orthogonalize import orthogonalize
-from normuon_plugins.core.update_rules import MATCH_PROGRESS, Progress, largest_rms, normuon_direction
+from normuon_plugins.core.step_size import MATCH_PROGRESS, largest_rms
+from normuon_plugins.core.update_rules import Progress, normuon_direction
 
 # The three stages of a step, as the paper's Figure 1 compares them.
 STAGES = ("momentum", "muon", "normuon")

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normuon_plugins.core.update_rules import MATCH_PROGRESS
+from normuon_plugins.core.step_size import MATCH_PROGRESS
 from normuon_plugins.lightning.configure import configure_normuon
 
 

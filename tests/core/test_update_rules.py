@@ -5,13 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normuon_plugins.core.update_rules import (
-    matrix_scale,
-    nesterov_update,
-    neuron_rms,
-    neuron_scale,
-    normuon_direction,
-)
+from normuon_plugins.core.step_size import matrix_scale
+from normuon_plugins.core.update_rules import nesterov_update, neuron_rms, neuron_scale, normuon_direction
 
 
 def direction_of(update, adjust_lr_fn="match_rms_adamw", normalize=True, eps=1e-8):
