@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -119,28 +119,33 @@ def divide(
                 _with_experts(each, expert_dim, matrices) for each in (box, neuron_box, matrix_box)[: len(blocks)]
             )
             held, holders = _held(blocks[:2], boxes[:2], dtype)
-            where = blocks
-            if len(blocks) > MEAN_SQUARE:
-                squares, squares_box = _partial_sums(blocks[UPDATE], boxes[UPDATE], number)
-                where, boxes = (*blocks, squares), (*boxes, squares_box)
-                holders = _join(holders, blocks[MEAN_SQUARE], boxes[MEAN_SQUARE])
-            stacks.append(
-                Stack(
-                    parameter,
-                    (number, rows, cols),
-                    layout.is_turned,
-                    dtype,
-                    device,
-                    options,
-                    boxes,
-                    where,
-                    expert_dim,
-                    held,
-                    holders,
-                    number * work,
-                )
+            stack = Stack(
+                parameter,
+                (number, rows, cols),
+                layout.is_turned,
+                dtype,
+                device,
+                options,
+                boxes,
+                blocks,
+                expert_dim,
+                held,
+                holders,
+                number * work,
             )
+            stacks.append(_with_squares(stack) if len(blocks) > MEAN_SQUARE else stack)
     return stacks
+
+
+def _with_squares(stack: Stack) -> Stack:
+    """Return ``stack`` with the ranks' parts of the sums of squares among what travels."""
+    squares, box = _partial_sums(stack.blocks[UPDATE], stack.boxes[UPDATE], stack.shape[0])
+    return replace(
+        stack,
+        boxes=(*stack.boxes, box),
+        blocks=(*stack.blocks, squares),
+        holders=_join(stack.holders, stack.blocks[MEAN_SQUARE], stack.boxes[MEAN_SQUARE]),
+    )
 
 
 # The layers of a model ask for the same few.
