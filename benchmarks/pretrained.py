@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,15 +22,11 @@ from pathlib import Path
 from convergence import default_workers
 from evidence.adaptation import Adaptation, adapt
 from evidence.encoding import encoded
-from evidence.ledger import Ledger
 from evidence.one_rate import ADAMW, LORA_METHODS, METHODS
-from evidence.pool import Pool
 from evidence.pretrained_models import MODELS, MissingModel, fits
-from evidence.rate_report import Comparison, write_report
-from evidence.rate_search import compare
+from evidence.rate_program import add_run_arguments, carry_out, check_run_arguments, report
+from evidence.rate_report import Comparison
 from evidence.tasks import TASKS, Task
-from evidence.training import pick_device
-from machine import describe_machine
 from rich.console import Console
 from settings import bf16_is_fast
 
@@ -46,21 +41,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--models", nargs="+", default=known, help=f"of {', '.join(known)}, or folders")
     tasks = [task.name for task in TASKS]
     parser.add_argument("--tasks", nargs="+", default=QUICK_TASKS, choices=[*tasks, "all"])
-    parser.add_argument("--only", default="", metavar="REGEX", help="methods beside AdamW, by name")
     parser.add_argument("--lora", action="store_true", help="train LoRA under every policy, not all weights")
-    parser.add_argument("--steps", type=int, default=100, help="of a run")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--workers", type=int, default=default_workers(), help="runs at once, one thread each")
-    parser.add_argument("--results", type=Path, default=FOLDER / "pretrained.jsonl", help="file of all runs")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the report")
-    parser.add_argument("--name", default="pretrained", help="of the report's files")
+    add_run_arguments(parser, name="pretrained", steps=100, workers=default_workers(), folder=FOLDER)
     args = parser.parse_args(arguments)
-    if len(set(args.seeds)) < 2 or len(set(args.seeds)) < len(args.seeds):
-        parser.error("--seeds takes at least two different numbers: one run has no interval")
+    check_run_arguments(parser, args)
     if not any(re.search(args.only, method) for method in methods_of(args.lora)):
         parser.error(f"--only {args.only!r} names none of {list(methods_of(args.lora))}")
-    if args.workers < 1 or args.steps < 1:
-        parser.error("--workers and --steps begin at 1")
     args.tasks = [task for task in TASKS if task.name in args.tasks or "all" in args.tasks]
     return args
 
@@ -101,12 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not bases:
         sys.exit("nothing is left to run")
     methods = [method for method in methods_of(args.lora) if method == ADAMW or re.search(args.only, method)]
-    ledger = Ledger(args.results)
-    pool = Pool(adapt, ledger, cache, args.workers)
-    tasks = [compare(base, method, args.seeds, ledger) for _, base in bases for method in methods]
-    expected = len(bases) * (2 * len(methods) - 1) * 4 * len(args.seeds)
-    results = pool.carry_out(tasks, "fine-tuning", expected)
-    pool.close()
+    results = carry_out(args, adapt, [base for _, base in bases], methods, "fine-tuning")
     comparisons = [
         Comparison(
             base.model,
@@ -115,15 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             args.lora,
             args.steps,
             args.seeds,
-            results[place * len(methods) : (place + 1) * len(methods)],
+            found,
         )
-        for place, (task, base) in enumerate(bases)
+        for (task, base), found in zip(bases, results, strict=True)
     ]
-    record = {"command": shlex.join(["python", *sys.argv]), "machine": describe_machine(pick_device())}
-    files = write_report(comparisons, record, args.out, args.name)
-    console.print(files[0].read_text(), markup=False, soft_wrap=True)
-    for file in files:
-        console.print(f"wrote {file}")
+    report(comparisons, args, console)
 
 
 if __name__ == "__main__":

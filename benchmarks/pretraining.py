@@ -13,23 +13,18 @@ from __future__ import annotations
 
 import argparse
 import re
-import shlex
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from convergence import default_workers
-from evidence.ledger import Ledger
 from evidence.methods import make_optimizer
 from evidence.one_rate import ADAMW, PRETRAINING_METHODS
-from evidence.pool import Pool
-from evidence.rate_report import Comparison, write_report
-from evidence.rate_search import compare
+from evidence.rate_program import add_run_arguments, carry_out, check_run_arguments, report
+from evidence.rate_report import Comparison
 from evidence.sizes import SIZES
 from evidence.texts import NAMED, tokenized
 from evidence.training import decoder, fit, load_tokens, pick_device, training_examples, validation_examples
-from machine import describe_machine
 from rich.console import Console
 from settings import bf16_is_fast
 
@@ -81,17 +76,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="2m", help="of the model")
     parser.add_argument("--texts", nargs="+", default=["python", "documentation"], choices=list(NAMED))
-    parser.add_argument("--only", default="", metavar="REGEX", help="methods beside AdamW, by name")
     parser.add_argument("--adamw-lr", type=float, help="of embeddings, head and norms; that of the matrices if absent")
-    parser.add_argument("--steps", type=int, default=120, help="of a run")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--workers", type=int, default=default_workers(), help="runs at once, one thread each")
-    parser.add_argument("--results", type=Path, default=FOLDER / "pretraining.jsonl", help="file of all runs")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the report")
-    parser.add_argument("--name", default="pretraining", help="of the report's files")
+    add_run_arguments(parser, name="pretraining", steps=120, workers=default_workers(), folder=FOLDER)
     args = parser.parse_args(arguments)
-    if len(set(args.seeds)) < 2 or len(set(args.seeds)) < len(args.seeds):
-        parser.error("--seeds takes at least two different numbers: one run has no interval")
+    check_run_arguments(parser, args)
     return args
 
 
@@ -102,15 +90,11 @@ def main(arguments: list[str] | None = None) -> None:
     cache = args.results.parent / "cache"
     precision = "bfloat16" if bf16_is_fast() else "float32"
     methods = [name for name in PRETRAINING_METHODS if name == ADAMW or re.search(args.only, name)]
-    ledger = Ledger(args.results)
-    pool = Pool(pretrain, ledger, cache, args.workers)
     bases = []
     for text in args.texts:
         data = tokenized([text], SIZES[args.size].vocabulary, cache).name
         bases.append(Pretraining(data, args.size, args.steps, ADAMW, START, args.adamw_lr, 0, precision))
-    tasks = [compare(base, method, args.seeds, ledger) for base in bases for method in methods]
-    results = pool.carry_out(tasks, "pretraining", len(bases) * (2 * len(methods) - 1) * 4 * len(args.seeds))
-    pool.close()
+    results = carry_out(args, pretrain, bases, methods, "pretraining")
     rest = "one rate for everything" if args.adamw_lr is None else f"{args.adamw_lr:g} for the rest"
     comparisons = [
         Comparison(
@@ -120,19 +104,11 @@ def main(arguments: list[str] | None = None) -> None:
             False,
             args.steps,
             args.seeds,
-            results[place * len(methods) : (place + 1) * len(methods)],
+            found,
         )
-        for place, text in enumerate(args.texts)
+        for text, found in zip(args.texts, results, strict=True)
     ]
-    record = {
-        "command": shlex.join(["python", *sys.argv]),
-        "machine": describe_machine(pick_device()),
-        "size": asdict(SIZES[args.size]),
-    }
-    files = write_report(comparisons, record, args.out, args.name)
-    console.print(files[0].read_text(), markup=False, soft_wrap=True)
-    for file in files:
-        console.print(f"wrote {file}")
+    report(comparisons, args, console, size=asdict(SIZES[args.size]))
 
 
 if __name__ == "__main__":

@@ -342,7 +342,7 @@ def test_benchmark_from_the_command_line_to_the_picture(encoder, tmp_path, monke
     import pretrained
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pretrained, "Pool", SerialPool)
+    monkeypatch.setattr("evidence.rate_program.Pool", SerialPool)
     few = lambda model, task, cache: few.encoded(model, task, cache, 64, 32)  # noqa: E731
     few.encoded = pretrained.encoded
     monkeypatch.setattr(pretrained, "encoded", few)
