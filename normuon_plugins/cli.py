@@ -14,6 +14,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -196,9 +197,13 @@ def _plan(options: argparse.Namespace) -> str:
         model = build_model(options)
     given = {name: value for name, value in vars(options).items() if name in PLAN_OPTIONS}
     try:
-        plan = plan_parameters(model, **given)
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always")
+            plan = plan_parameters(model, **given)
     except ValueError as error:
         raise Refused(str(error)) from error
+    for note in notes:
+        print(f"normuon plan: {note.message}", file=sys.stderr)
     return json.dumps(plan.to_dict(), indent=2) if options.json else str(plan)
 
 
@@ -217,8 +222,8 @@ def _diagnose(options: argparse.Namespace) -> str:
         )
         _say("drawing")
         written = write_report(diagnosis, options.out)
-    except (ValueError, OSError, ImportError, re.error) as error:
-        raise Refused(str(error)) from error
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError, re.error) as error:
+        raise Refused(str(error) or type(error).__name__) from error
     finally:
         _say("")
     return "\n".join([*reading(diagnosis), f"wrote {written}"])

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -105,6 +106,14 @@ def test_folder_and_file_print_the_plan_of_their_model(folder, capsys, model):
 def test_nothing_is_said_when_the_config_says_everything(folder, capsys):
     main(["plan", "model"])
     assert capsys.readouterr().err == ""
+
+
+def test_a_plan_without_a_matrix_is_printed_and_a_note_says_so(folder, capsys):
+    assert main(["plan", "model", "--override", "_proj=adamw"]) == 0
+    output = capsys.readouterr()
+    assert not re.search("^model.* normuon ", output.out, re.MULTILINE)
+    assert output.err.startswith("normuon plan: There is no matrix for NorMuon: all 21 trainable parameters went to")
+    assert output.err.count("\n") == 1
 
 
 def test_model_type_means_its_default_config_and_says_so(capsys):
@@ -315,7 +324,7 @@ def test_a_wrong_command_line_is_one_sentence_and_exits_with_2(capsys, words, se
         (["model", "--override", "(=adamw"], "override '(' is no regular expression"),
         (["model", "--override", "q_proj=adam"], "layout 'adam' is not understood"),
         (["model", "--override", "q_proj=o=8+8 i"], "add up to 16; shape (32, 32) has 32"),
-        (["model", "--override", "_proj=adamw"], "There is no matrix for NorMuon"),
+        (["model", "--override", "_proj=adamw", "--strict"], "strict=True: There is no matrix for NorMuon"),
         (["model", "--architecture", "llamaforcausallm"], "no model class 'llamaforcausallm'; did you mean LlamaForC"),
         (["model", "--architecture", "LlamaConfig"], "transformers has no model class 'LlamaConfig'"),
         (["model", "--architecture", "BertForMaskedLM"], "BertForMaskedLM cannot be built from the LlamaConfig of"),

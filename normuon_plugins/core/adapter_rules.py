@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from normuon_plugins.core.decision import Decision
 from normuon_plugins.core.model_facts import Owner
+from normuon_plugins.core.names import unwrapped_module, unwrapped_name
 
 LORA_POLICIES = ("adamw", "normuon", "b")
 # Names of the factors A and B.
@@ -111,8 +112,10 @@ def _find_slot(owner: Owner) -> Slot | None:
 def _way_up(owner: Owner) -> Iterator[tuple[nn.Module, str]]:
     """Yield each module above the parameter with the name, there, of what leads down to it."""
     child: nn.Module | None = None
-    for holder, name in zip((owner.module, *owner.ancestors), reversed(owner.name.split(".")), strict=False):
-        if child is not None and holder._modules.get(name) is not child:
+    names = unwrapped_name(owner.name).split(".")
+    for holder, name in zip((owner.module, *owner.ancestors), reversed(names), strict=False):
+        below = holder._modules.get(name)
+        if child is not None and (below is None or unwrapped_module(below) is not child):
             return  # something between the two was left out of the ancestors
         yield holder, name
         child = holder

@@ -26,6 +26,8 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
+# Blocks of one weight: more than heads and projections ever are, and few enough to be listed.
+MOST_BLOCKS = 2**16
 _TOKEN = re.compile(r"(?P<axis>[oie])(?:(?P<kind>[=%])(?P<blocks>\d+(?:\*\d+)?(?:\+\d+(?:\*\d+)?)*))?")
 
 
@@ -173,9 +175,8 @@ def parse_layout(spec: str) -> Layout:
 
 
 def _parse_blocks(text: str) -> tuple[int, ...]:
-    """Return ``(128, 128, 64)`` for ``"128*2+64"``."""
-    blocks: list[int] = []
-    for term in text.split("+"):
-        size, _, count = term.partition("*")
-        blocks += [int(size)] * int(count or 1)
-    return tuple(blocks)
+    """Return ``(128, 128, 64)`` for ``"128*2+64"``; ``ValueError`` for more than ``MOST_BLOCKS``."""
+    terms = [(int(size), int(count or 1)) for size, _, count in (term.partition("*") for term in text.split("+"))]
+    if sum(count for _, count in terms) > MOST_BLOCKS:  # a layout may come from a file
+        raise ValueError(f"a layout of more than {MOST_BLOCKS} blocks is not understood: {text[:40]!r}")
+    return tuple(size for size, count in terms for _ in range(count))

@@ -14,6 +14,11 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from normuon_plugins.core.expert_facts import ExpertFacts
+from normuon_plugins.core.names import WRAPPERS, unwrapped_module
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # What models without further conventions call their last layer; ``fc`` only at the root (torchvision).
 _HEAD_NAME = re.compile(r"(\w+_)?(heads?|classifier|score|logits)(_\w+)?")
 _ROOT_HEAD_NAME = re.compile(r"fc|output|output_projection|to_logits|unembed\w*")
@@ -32,7 +37,7 @@ class Owner(NamedTuple):
         attribute: Its name there, such as ``"weight"``.
         ancestors: The modules above ``module``, the nearest first. A copy that PEFT trains in a module's place
             (``modules_to_save``) stands where the original does, and a layer that it adapts (``base_layer``) where it
-            stood before: what wraps them is left out.
+            stood before: what wraps them is left out, and so is what torch wraps around a module.
         path: The name of ``module`` in the first of them, the name of that in the second, ...
     """
 
@@ -72,10 +77,11 @@ class ModelFacts:
         layers = _repeated_layers(model)
         self._embeddings = _parts(_asked(model, "get_input_embeddings"))
         self._heads = _output_heads(model, layers)
-        linears = [module for module in model.modules() if is_linear(module)]
-        last = linears[-1] if linears and not self._heads else None
+        ends = [part for part in model.modules() if _is_output_layer(part) or isinstance(part, TRANSPOSED_CONVOLUTIONS)]
+        last = ends[-1] if ends and not self._heads else None
         self._possible_head = None if last in layers else last
         self._patch_sizes = _patch_sizes(model)
+        self.experts = ExpertFacts()
 
     def is_embedding(self, module: nn.Module) -> bool:
         """Return whether ``module`` is an embedding, or part of what the model calls its input embeddings."""
@@ -86,7 +92,7 @@ class ModelFacts:
         return module in self._heads
 
     def may_be_head(self, module: nn.Module) -> bool:
-        """Return whether ``module`` is the last Linear of a model that says nothing of its output head."""
+        """Return whether ``module`` is the last layer of a model that says nothing of its output head."""
         return module is self._possible_head
 
     def reads_patches(self, owner: Owner) -> bool:
@@ -161,7 +167,7 @@ def _is_called_head(path: tuple[str, ...]) -> bool:
 
 
 def _is_output_layer(module: nn.Module) -> bool:
-    return is_linear(module) or isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return is_linear(module) or isinstance(module, CONVOLUTIONS)
 
 
 def _heads_beside_the_base(module: nn.Module, prefix: str) -> set[nn.Module]:
@@ -176,7 +182,11 @@ def _heads_beside_the_base(module: nn.Module, prefix: str) -> set[nn.Module]:
     config = getattr(module, "config", None)
     labels, shared = getattr(config, "num_labels", None), getattr(config, "projection_dim", None)
     heads |= {part for part in module.modules() if is_linear(part) and part.out_features == labels}
-    children = [part for child in module.children() for part in (_copies(child) or {"": child}).values()]
+    children = [
+        unwrapped_module(part)
+        for child in map(unwrapped_module, module.children())
+        for part in (_copies(child) or {"": child}).values()
+    ]
     return heads | {part for part in children if is_linear(part) and part.out_features == shared}
 
 
@@ -218,7 +228,7 @@ def _walk(
             yield from _walk(copy, f"{prefix}{name}.", ancestors, path)
         return
     for name, child in module._modules.items():
-        if name == "base_layer" and child is not None:
+        if child is not None and (name == "base_layer" or name in WRAPPERS):
             yield from _walk(child, f"{prefix}{name}.", ancestors, path)
         elif child is not None and child is not module and child not in ancestors:
             yield from _walk(child, f"{prefix}{name}.", (module, *ancestors), (name, *path))

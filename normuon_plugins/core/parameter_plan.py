@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from normuon_plugins.core.adapter_rules import LORA_POLICIES, adapter_decision
 from normuon_plugins.core.decision import Decision
-from normuon_plugins.core.group_options import DEFAULT_LAYOUT, TRAINABLE_DTYPES, is_flat_shard
+from normuon_plugins.core.group_options import DEFAULT_LAYOUT
 from normuon_plugins.core.layout import parse_layout
 from normuon_plugins.core.model_facts import ModelFacts
-from normuon_plugins.core.parameter_rules import NOT_RECOGNISED, PlanOptions, decide
-from normuon_plugins.core.plan_table import PlannedParameter, fold_rows, format_plan
-from normuon_plugins.core.quantized import is_quantized
+from normuon_plugins.core.names import has_match
+from normuon_plugins.core.parameter_rules import PlanOptions, decide
+from normuon_plugins.core.plan_checks import (
+    ask_for_matrices,
+    check_plan_options,
+    obstacle,
+    refuse_hidden_shapes,
+    refuse_unrecognised,
+)
+from normuon_plugins.core.plan_table import PlannedParameter, format_plan
+from normuon_plugins.distributed.replicas import reshard
 
 
 class ParameterPlan:
@@ -35,7 +41,7 @@ class ParameterPlan:
         """Return the row of the parameter called ``name``.
 
         Raises:
-            KeyError: If the plan has no such trainable parameter.
+            KeyError: If the plan has no such parameter.
         """
         for row in self.rows:
             if row.name == name:
@@ -87,11 +93,13 @@ def plan_parameters(
     split_fused: bool = True,
     per_head: bool = False,
     strict: bool = False,
+    include_frozen: bool = False,
+    allow_no_matrix: bool = False,
 ) -> ParameterPlan:
     """Decide for every trainable parameter of ``model`` between NorMuon and AdamW.
 
     Args:
-        model: Any module. Frozen parameters are left out; tied weights are planned once.
+        model: Any module. Frozen parameters are left out, unless ``include_frozen``; tied weights are planned once.
         overrides: Regular expression, searched in the FQN (any of them for a tied weight) -> ``"normuon"``,
             ``"adamw"`` or a layout string such as ``"e o i"``. ``"normuon"`` keeps the layout that the rules found,
             or takes ``"o i"`` for a 2-D parameter.
@@ -99,7 +107,12 @@ def plan_parameters(
         split_fused: Whether each projection in a fused weight gets the update that it would get as a parameter of its
             own; False takes the whole weight as one matrix.
         per_head: Whether the heads of query, key and value projections are orthogonalized one by one.
-        strict: Whether to raise if a parameter fell to the default rule.
+        strict: Whether to raise if a trainable parameter fell to the default rule, or if all of them are AdamW's.
+        include_frozen: Whether frozen parameters are planned as well, as if they were trainable, for a run that thaws
+            them later. Those that no optimizer could train (quantized ones, integers) are left out. Refusals and
+            warnings are about trainable parameters all the same.
+        allow_no_matrix: Whether it is meant that nothing is on NorMuon: no warning then, nor an error under
+            ``strict``.
 
     Returns:
         The plan.
@@ -107,8 +120,11 @@ def plan_parameters(
     Raises:
         TypeError: If ``model`` is no module, or ``overrides`` no mapping.
         ValueError: If an override matches nothing, contradicts another or does not fit its parameter, if a parameter
-            cannot be trained at all, if no matrix is left for NorMuon, if another framework hides the shapes (FSDP1,
+            cannot be trained at all, if there is nothing to train, if another framework hides the shapes (FSDP1,
             ZeRO-3), or under ``strict``; the message names the parameters and says what was seen.
+
+    Warns:
+        UserWarning: If every trainable parameter went to AdamW.
 
     Example:
         >>> plan = plan_parameters(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
@@ -117,21 +133,16 @@ def plan_parameters(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"the plan needs the model itself, an nn.Module; got {type(model).__name__}.")
-    _check_options(lora, split_fused=split_fused, per_head=per_head, strict=strict)
-    _refuse_hidden_shapes(model)
+    switches = {"split_fused": split_fused, "per_head": per_head, "strict": strict}
+    check_plan_options(lora, **switches, include_frozen=include_frozen, allow_no_matrix=allow_no_matrix)
+    refuse_hidden_shapes(model)
+    reshard(model)
     facts = ModelFacts(model)
     options = PlanOptions(lora, split_fused, per_head)
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    chosen = _match_overrides({} if overrides is None else overrides, trainable, facts)
+    parameters = _planned_parameters(model, include_frozen)
+    chosen = _match_overrides({} if overrides is None else overrides, parameters, facts)
     rows = []
-    for name, parameter in trainable.items():
-        if is_quantized(parameter):
-            raise ValueError(
-                f"{name!r} requires a gradient but is quantized ({type(parameter).__name__}, {parameter.dtype}); freeze"
-                " it and train an adapter on it, or load the model without quantization."
-            )
-        if parameter.dtype not in TRAINABLE_DTYPES:
-            raise ValueError(f"{name!r} requires a gradient but is {parameter.dtype}; freeze it or cast the model.")
+    for name, parameter in parameters.items():
         decision = decide(parameter, facts, options)
         if name in chosen:
             decision = _apply_override(name, parameter, chosen[name], decision)
@@ -140,14 +151,27 @@ def plan_parameters(
         rows.append(
             PlannedParameter(name, shape, algorithm, decision.layout, decision.decay, decision.reason, parameter)
         )
-    _refuse_empty(model, rows, facts, lora)
+    trainable = [row for row in rows if row.parameter.requires_grad]
     if strict:
-        _refuse_unrecognised(rows)
+        refuse_unrecognised(trainable)
+    ask_for_matrices(model, trainable, facts, lora, strict=strict, allowed=allow_no_matrix)
     return ParameterPlan(rows)
 
 
+def _planned_parameters(model: nn.Module, include_frozen: bool) -> dict[str, Tensor]:
+    """Return the parameters that a plan is about, by name; raise ``ValueError`` for one that cannot be trained."""
+    planned: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        found = obstacle(parameter)
+        if parameter.requires_grad and found is not None:
+            raise ValueError(f"{name!r} {found}.")
+        if parameter.requires_grad or (include_frozen and found is None):
+            planned[name] = parameter
+    return planned
+
+
 def _match_overrides(
-    overrides: Mapping[str, str], trainable: Mapping[str, Tensor], facts: ModelFacts
+    overrides: Mapping[str, str], parameters: Mapping[str, Tensor], facts: ModelFacts
 ) -> dict[str, str]:
     """Return the override of each parameter that one matches."""
     if not isinstance(overrides, Mapping):
@@ -161,12 +185,12 @@ def _match_overrides(
             raise ValueError(f"override {pattern!r} is no regular expression: {error}.") from None
         matched = [
             name
-            for name, parameter in trainable.items()
-            if any(re.search(pattern, owner.name) for owner in facts.owners[parameter])
+            for name, parameter in parameters.items()
+            if any(has_match(pattern, place) for place in (name, *(owner.name for owner in facts.owners[parameter])))
         ]
         if not matched:
             raise ValueError(
-                f"override {pattern!r} matches no trainable parameter; the names begin {list(trainable)[:3]}."
+                f"override {pattern!r} matches no trainable parameter; the names begin {list(parameters)[:3]}."
             )
         for name in matched:
             if name in chosen:
@@ -181,6 +205,8 @@ def _apply_override(name: str, parameter: Tensor, target: str, decision: Decisio
     """Return the decision that ``target`` asks for; see ``plan_parameters``."""
     if target == "adamw":
         return Decision(None, "override", decision.decay)
+    if parameter.is_complex():
+        raise ValueError(f"override of {name!r} to {target!r}: {parameter.dtype} parameters are AdamW's. Use 'adamw'.")
     if target == "normuon":
         target = decision.layout or DEFAULT_LAYOUT
     try:
@@ -190,71 +216,3 @@ def _apply_override(name: str, parameter: Tensor, target: str, decision: Decisio
             f"override of {name!r} to {target!r}: {error}. Use 'normuon', 'adamw' or a layout that fits."
         ) from None
     return Decision(target, "override")
-
-
-def _check_options(lora: str, **switches: bool) -> None:
-    """Raise ``ValueError`` for an option that cannot be, or two that contradict each other."""
-    if lora not in LORA_POLICIES:
-        raise ValueError(f"lora={lora!r} must be one of {LORA_POLICIES}.")
-    for name, value in switches.items():
-        if not isinstance(value, bool):  # any other word would count as True
-            raise ValueError(f"{name}={value!r} must be True or False.")
-    if switches["per_head"] and not switches["split_fused"]:
-        raise ValueError(
-            "per_head=True divides fused weights into heads, split_fused=False keeps them whole; choose one."
-        )
-
-
-def _refuse_hidden_shapes(model: nn.Module) -> None:
-    """Raise ``ValueError`` when another framework keeps flat pieces in place of matrices anywhere."""
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_shape"):
-            seen = "a placeholder of DeepSpeed ZeRO-3"
-        elif is_flat_shard(parameter):
-            seen = "a flat 1-D shard of FSDP1"
-        else:
-            continue
-        raise ValueError(
-            f"There is no matrix for NorMuon: {name!r} is {seen}; use FSDP2 (fully_shard), which keeps the shapes."
-        )
-
-
-def _refuse_unrecognised(rows: list[PlannedParameter]) -> None:
-    """Raise ``ValueError`` when a parameter fell to the default rule."""
-    unknown = [row for row in rows if row.reason.startswith(NOT_RECOGNISED)]
-    if unknown:
-        listed = "\n".join(
-            f"  {name}: adamw, {reason}" for name, reason in fold_rows((row.name, row.reason) for row in unknown)
-        )
-        raise ValueError(
-            f"strict=True: no rule recognised {len(unknown)} parameters:\n{listed}\n"
-            "Say what they are with overrides={pattern: 'adamw', 'normuon' or a layout}."
-        )
-
-
-def _refuse_empty(model: nn.Module, rows: list[PlannedParameter], facts: ModelFacts, lora: str) -> None:
-    """Raise ``ValueError`` when no row is a matrix parameter, saying what was seen instead.
-
-    Adapters alone are on AdamW because ``lora`` says so: that is a warning.
-    """
-    if any(row.algorithm == "normuon" for row in rows):
-        return
-    adapted = [
-        any(adapter_decision(owner, row.parameter, lora) for owner in facts.owners[row.parameter]) for row in rows
-    ]
-    if lora == "adamw" and any(adapted):
-        warnings.warn(
-            "every trainable matrix belongs to an adapter, and lora='adamw' sends those to AdamW: nothing is on"
-            " NorMuon. lora='normuon' or lora='b' (the Trainer: optim_args='lora=b') puts low-rank factors on it.",
-            stacklevel=3,
-        )
-        return
-    every = list(model.parameters())
-    if not every:
-        seen = "the model has no parameters"
-    elif not rows:
-        seen = f"all {len(every)} parameters are frozen"
-    else:
-        reasons = sorted({row.reason for row in rows})
-        seen = f"all {len(rows)} trainable parameters went to AdamW ({'; '.join(reasons)}); use overrides"
-    raise ValueError(f"There is no matrix for NorMuon: {seen}.")

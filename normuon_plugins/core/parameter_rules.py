@@ -13,20 +13,14 @@ from torch import Tensor, nn
 
 from normuon_plugins.core.adapter_rules import adapted_weight, adapter_decision
 from normuon_plugins.core.decision import Decision
+from normuon_plugins.core.expert_facts import ExpertFacts, expert_pair
 from normuon_plugins.core.fused_facts import RAW_PROJECTIONS
 from normuon_plugins.core.fused_weights import Fused, find_fused, find_heads
 from normuon_plugins.core.layout import parse_layout
-from normuon_plugins.core.model_facts import ModelFacts, Owner, is_linear
+from normuon_plugins.core.model_facts import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, ModelFacts, Owner, is_linear
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # An image has at most RGB and depth; more input channels mean that the convolution reads features.
 IMAGE_CHANNELS = 4
-# What modules of mixtures call their number of experts.
-EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
-# What they call the stacked weights into and out of the experts' hidden layer; torchtitan follows Llama's w1, w2, w3.
-EXPERT_INPUTS = ("gate_up_proj", "up_proj", "gate_proj", "w1")
-EXPERT_OUTPUTS = ("down_proj", "w2")
 # Begin of the reason of whatever fell to the default.
 NOT_RECOGNISED = "not recognised"
 _ROUTER = re.compile(r"(^|_)(gate|router|switch|wg)$")
@@ -56,6 +50,13 @@ def decide(parameter: Tensor, facts: ModelFacts, options: PlanOptions) -> Decisi
         facts: The model.
         options: Of the plan.
     """
+    decision = _first_rule(parameter, facts, options)
+    if parameter.is_complex():
+        return Decision(None, "complex: AdamW, on real and imaginary parts", decision.decay)
+    return decision
+
+
+def _first_rule(parameter: Tensor, facts: ModelFacts, options: PlanOptions) -> Decision:
     owners = facts.owners[parameter]
     for owner in owners:
         if found := _adapter(owner, parameter, facts, options):
@@ -63,11 +64,11 @@ def decide(parameter: Tensor, facts: ModelFacts, options: PlanOptions) -> Decisi
     if parameter.ndim < 2:
         return Decision(None, f"{parameter.ndim}-D: bias, gain or scalar", decay=False)
     for owner in owners:
-        if found := _table_or_head(owner, facts) or _router(owner, parameter):
+        if found := _table_or_head(owner, facts) or _router(owner, parameter, facts.experts):
             return found
     for owner in owners:
-        if found := _projection(owner, parameter, facts, options) or _convolution(owner, parameter, options):
-            return found
+        if found := _projection(owner, parameter, options) or _convolution(owner, parameter, options):
+            return _doubt(found, owner, facts)
         if found := _experts(owner, parameter, options):
             return found
     return _other(owners[0], parameter)
@@ -140,7 +141,7 @@ def _adapter(owner: Owner, parameter: Tensor, facts: ModelFacts, options: PlanOp
     adapted = adapted_weight(owner)
     if adapted is not None and adapted in facts.owners:
         for place in facts.owners[adapted]:
-            if whole := _table_or_head(place, facts) or _router(place, adapted):
+            if whole := _table_or_head(place, facts) or _router(place, adapted, facts.experts):
                 return Decision(None, f"{found.reason}, of a weight on AdamW ({whole.reason})")
     return _matrix(parameter, found.layout, found.reason)
 
@@ -163,7 +164,7 @@ def _embeds_patches(holder: nn.Module | None, attribute: str) -> bool:
     return "PatchEmbed" in type(holder).__name__ or _PATCH_EMBEDDING.fullmatch(attribute) is not None
 
 
-def _router(owner: Owner, parameter: Tensor) -> Decision | None:
+def _router(owner: Owner, parameter: Tensor, experts: ExpertFacts) -> Decision | None:
     """Routers score experts: one row per expert that stands beside them, or anything inside a module called Router."""
     if parameter.ndim != 2 or owner.attribute != "weight":
         return None
@@ -172,32 +173,24 @@ def _router(owner: Owner, parameter: Tensor) -> Decision | None:
         return Decision(None, "gate with one output")
     name = owner.places()[0][1]
     # A router may wrap its one Linear, so that the experts stand beside the wrapper.
-    around = [child for ancestor in owner.ancestors[: len(owner.places())] for child in ancestor.named_children()]
-    for beside, module in [("", owner.module), *(("", holder) for holder in owner.ancestors[:1]), *around]:
+    near = [("", module) for module in (owner.module, *owner.ancestors[:1]) if rows in experts.counts(module)]
+    for ancestor in owner.ancestors[: len(owner.places())]:
+        near += experts.children(ancestor).get(rows, [])
+    for beside, module in near:
         is_list = isinstance(module, (nn.ModuleList, nn.ModuleDict))
         # any layers may be as many as a projection has outputs; experts, or what a gate stands beside, may not
-        if rows in _expert_counts(module) and (not is_list or "expert" in beside or _ROUTER.search(name)):
+        if not is_list or "expert" in beside or _ROUTER.search(name):
             return Decision(None, "router: one row per expert")
     for module in (owner.module, *owner.ancestors):
-        if "Router" in type(module).__name__ and not any(map(_expert_counts, module.children())):
+        if "Router" in type(module).__name__ and not experts.children(module):
             return Decision(None, f"inside {type(module).__name__}")
     return Decision(None, f"called {name!r}") if name.endswith("router") else None
 
 
-def _expert_counts(module: nn.Module) -> set[int]:
-    """Return the numbers of experts that ``module`` may hold: as an attribute, as a collection, as stacked weights."""
-    counts = {stack.shape[0] for stack in _expert_pair(module) if stack is not None}
-    counts |= {getattr(module, name) for name in EXPERT_COUNTS if isinstance(getattr(module, name, None), int)}
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-        counts.add(len(module))
-    return counts
-
-
-def _projection(owner: Owner, parameter: Tensor, facts: ModelFacts, options: PlanOptions) -> Decision | None:
+def _projection(owner: Owner, parameter: Tensor, options: PlanOptions) -> Decision | None:
     module, attribute, kind = owner.module, owner.attribute, type(owner.module).__name__
     if is_linear(module) and attribute == "weight":
-        doubt = " (the last one, and no output head was recognised: override it if this is the head)"
-        return _weight(owner, parameter, "o i", kind + doubt if facts.may_be_head(module) else kind, options)
+        return _weight(owner, parameter, "o i", kind, options)
     # transformers.pytorch_utils.Conv1D, known by its only size attribute: nf, the number of outputs.
     if kind == "Conv1D" and hasattr(module, "nf") and attribute == "weight":
         return _weight(owner, parameter, "i o", "Conv1D, stored (in, out)", options)
@@ -230,6 +223,14 @@ def _convolution(owner: Owner, parameter: Tensor, options: PlanOptions) -> Decis
     return _weight(owner, parameter, "o i" + kernel, kind, options)
 
 
+def _doubt(found: Decision, owner: Owner, facts: ModelFacts) -> Decision:
+    """Say of a matrix that it may be the output head, where nothing tells which layer that is."""
+    if found.layout is None or not facts.may_be_head(owner.module):
+        return found
+    doubt = "the last one, and no output head was recognised: override it if this is the head"
+    return found._replace(reason=f"{found.reason} ({doubt})")
+
+
 def _experts(owner: Owner, parameter: Tensor, options: PlanOptions) -> Decision | None:
     """Stacked expert weights, (E, out, in) or (E, in, out), told apart by the module's flag or its pair of weights."""
     if parameter.ndim != 3:
@@ -239,7 +240,7 @@ def _experts(owner: Owner, parameter: Tensor, options: PlanOptions) -> Decision 
     if isinstance(transposed, bool):
         layout = "e i o" if transposed else "e o i"
         return _weight(owner, parameter, layout, f"experts, is_transposed={transposed}", options)
-    up, down = _expert_pair(module)
+    up, down = expert_pair(module)
     if up is not None and down is not None:
         stored_out_in = up.shape[2] == down.shape[1]
         stored_in_out = up.shape[1] == down.shape[2]
@@ -254,10 +255,3 @@ def _experts(owner: Owner, parameter: Tensor, options: PlanOptions) -> Decision 
     if owner.attribute == "weight" and getattr(module, "num_experts", None) == parameter.shape[0]:
         return _weight(owner, parameter, "e o i", f"experts of {kind}, stored (experts, out, in)", options)
     return None
-
-
-def _expert_pair(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """Return the stacked weights into and out of the experts' hidden layer, where a module holds both."""
-    stacks = {name: weight for name, weight in module.named_parameters(recurse=False) if weight.ndim == 3}
-    up = next((stacks[name] for name in EXPERT_INPUTS if name in stacks), None)
-    return up, next((stacks[name] for name in EXPERT_OUTPUTS if name in stacks), None)

@@ -73,7 +73,8 @@ def _cells(row: PlannedParameter) -> tuple[str, ...]:
     layout = row.layout or "-"
     if len(layout) > LONGEST_LAYOUT:  # heads of unequal sizes, one by one
         layout = f"{layout[: LONGEST_LAYOUT // 2]}...{layout[-LONGEST_LAYOUT // 2 :]}"
-    return (size, row.algorithm, layout, option if row.decay else "none", row.reason)
+    reason = row.reason if row.parameter.requires_grad else f"{row.reason}; frozen now"
+    return (size, row.algorithm, layout, option if row.decay else "none", reason)
 
 
 def fold_names(names: Sequence[str]) -> list[str]:
@@ -115,10 +116,13 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 
 def _shares(rows: Sequence[PlannedParameter]) -> list[str]:
-    """Return a line per algorithm: how many tensors, how many numbers, which share."""
+    """Return a line per algorithm, and one for what is frozen: how many tensors, how many numbers, which share."""
+    parts = {kind: [row for row in rows if row.algorithm == kind] for kind in ("normuon", "adamw")}
+    if frozen := [row for row in rows if not row.parameter.requires_grad]:
+        parts["frozen"] = frozen  # counted above as well
     total = sum(math.prod(row.shape) for row in rows) or 1
     lines = []
-    for algorithm in ("normuon", "adamw"):
-        sizes = [math.prod(row.shape) for row in rows if row.algorithm == algorithm]
-        lines.append(f"{algorithm:8} {len(sizes):6} tensors {sum(sizes):16,} parameters {sum(sizes) / total:7.1%}")
+    for name, part in parts.items():
+        size = sum(math.prod(row.shape) for row in part)
+        lines.append(f"{name:8} {len(part):6} tensors {size:16,} parameters {size / total:7.1%}")
     return lines

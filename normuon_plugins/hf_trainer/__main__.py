@@ -34,7 +34,8 @@ def main(arguments: list[str]) -> None:
     if not script.is_file():
         raise SystemExit(f"{USAGE}\n{script} is not a file.")
     sys.argv = arguments
-    sys.path[0] = str(script.resolve().parent)
+    if not sys.flags.safe_path:  # under -P no folder was put before PYTHONPATH, and the script's is not either
+        sys.path[0] = str(script.resolve().parent)
     runpy.run_path(str(script.absolute()), run_name="__main__")  # absolute, as Python itself sets __file__
 
 

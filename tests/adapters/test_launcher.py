@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import normuon_plugins
 from normuon_plugins.hf_trainer import unregister_normuon
 from normuon_plugins.hf_trainer.__main__ import main
 from tests.documentation import TRAIN_SCRIPT
@@ -19,8 +20,8 @@ ARGUMENTS += ["--learning_rate", "1e-3"]
 BIN = Path(sys.executable).parent
 
 
-def launch(command, folder):
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
+def launch(command, folder, **variables):
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", **variables}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[")))
@@ -46,6 +47,20 @@ def test_module_instead_of_a_script(tmp_path):
     (tmp_path / "package" / "train.py").write_text(TRAIN_SCRIPT)
     command = [sys.executable, "-m", "normuon_plugins.hf_trainer", "-m", "package.train", *ARGUMENTS]
     assert launch(command, tmp_path) == ["NorMuon", ["-", "i o", "i o=16+16+16"], 1, "__main__"]
+
+
+@pytest.mark.parametrize("safe", ["", "1"])
+def test_the_script_is_found_and_finds_what_it_does_under_python_itself(tmp_path, safe):
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library" / "from_pythonpath.py").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "show.py").write_text("import from_pythonpath, json, sys; print(json.dumps(sys.path))")
+    inherited = os.environ.get("PYTHONPATH", str(Path(normuon_plugins.__file__).parents[1]))
+    environment = {"PYTHONSAFEPATH": safe, "PYTHONPATH": f"{tmp_path / 'library'}{os.pathsep}{inherited}"}
+    script = "run/show.py"
+    alone = launch([sys.executable, script], tmp_path, **environment)
+    assert launch([sys.executable, "-m", "normuon_plugins.hf_trainer", script], tmp_path, **environment) == alone
+    assert (str(tmp_path / "run") in alone) == (not safe)
 
 
 @pytest.mark.parametrize("arguments", [[], ["-m"], ["no_such_script.py"]])

@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 
 from normuon_plugins import build_normuon, plan_parameters
+from normuon_plugins.core import expert_facts
 from normuon_plugins.core.plan_table import fold_names
 from tests.models import PlainTransformer, tiny_llama
 
@@ -157,6 +158,29 @@ def test_the_last_layer_of_a_model_without_a_recognised_head_says_so():
     assert "no output head was recognised" in plan["2.weight"].reason
 
 
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_convolution_at_the_end_of_a_model_without_a_recognised_head_says_so(kind):
+    network = nn.Module()  # in the order of a U-Net: the Linear is in the middle
+    network.conv_in, network.time = nn.Conv2d(4, 8, 3), nn.Linear(8, 8)
+    network.conv_out = kind(8, 4, 3)
+    plan = plan_parameters(network)
+    assert plan["time.weight"].reason == "Linear"
+    assert plan["conv_in.weight"].reason == "Conv2d"
+    assert "no output head was recognised: override it" in plan["conv_out.weight"].reason
+    assert plan["conv_out.weight"].algorithm == "normuon"
+    network.classifier = nn.Linear(8, 4)
+    assert plan_parameters(network)["conv_out.weight"].reason == kind.__name__
+
+
+def test_each_module_is_asked_once_for_its_experts_however_many_stand_beside_it(monkeypatch):
+    asked, count = [], expert_facts.expert_counts
+    monkeypatch.setattr(expert_facts, "expert_counts", lambda module: asked.append(module) or count(module))
+    model = nn.Module()
+    model.projections = nn.ModuleList(nn.ModuleList(nn.Linear(4, 8) for _ in range(20)) for _ in range(3))
+    plan_parameters(model)
+    assert 63 <= len(asked) == len(set(asked)) <= len(list(model.modules()))
+
+
 def test_wrapping_a_hugging_face_model_changes_nothing():
     wrapper = nn.Module()
     wrapper.model = tiny_llama()
@@ -295,6 +319,33 @@ def test_frozen_parameters_are_left_out():
     assert "model.embed_tokens.weight" not in {row.name for row in plan_parameters(model)}
 
 
+def test_frozen_parameters_are_planned_as_if_they_were_trained_where_that_is_asked_for():
+    trained = plan_parameters(tiny_llama())
+    model = tiny_llama()
+    model.model.requires_grad_(False)
+    model.model.layers[0].requires_grad_(True)
+    model.model.codes = nn.Parameter(torch.zeros(3, 3, dtype=torch.int8), requires_grad=False)
+    plan = plan_parameters(model, include_frozen=True)
+    assert plan.to_dict() == trained.to_dict()  # which leaves out the integers
+    assert [row.name for row in plan_parameters(model)] == [row.name for row in plan if row.parameter.requires_grad]
+    groups = {group["name"]: [name for name, _ in group["params"]] for group in plan.param_groups()}
+    assert groups == {group["name"]: [name for name, _ in group["params"]] for group in trained.param_groups()}
+    table = str(plan)
+    assert re.search(r"layers\.1\.mlp\.up_proj\.weight .* Linear; frozen now\n", table)
+    assert re.search(r"\nfrozen +11 tensors +9,824 parameters +50\.\d%\n", table)
+
+
+def test_what_is_said_of_trainable_parameters_stays_about_those_where_frozen_ones_are_planned():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 6), nn.Linear(4, 4))
+    model[1].requires_grad_(False)
+    assert len(plan_parameters(model, strict=True, include_frozen=True)) == 6  # of the bilinear weight no rule knows
+    assert plan_parameters(model, overrides={r"1\.weight": "e o i"}, include_frozen=True)["1.weight"].layout == "e o i"
+    with pytest.raises(ValueError, match="matches no trainable parameter"):
+        plan_parameters(model, overrides={r"1\.weight": "e o i"})
+    with pytest.raises(ValueError, match="all 6 parameters are frozen"):
+        plan_parameters(model.requires_grad_(False), include_frozen=True)
+
+
 def test_every_trainable_parameter_is_in_exactly_one_group_and_none_is_empty():
     model = PlainTransformer()
     groups = plan_parameters(model).param_groups(weight_decay=0.3, adamw_weight_decay=0.2)
@@ -381,24 +432,58 @@ def zero3():
     [
         (nn.ReLU, "the model has no parameters"),
         (frozen, "all 2 parameters are frozen"),
-        (lambda: nn.LayerNorm(4), "all 2 trainable parameters went to AdamW"),
         (flat_fsdp1, "FSDP1; use FSDP2"),
         (zero3, "ZeRO-3.*use FSDP2"),
     ],
 )
-def test_a_plan_without_a_matrix_is_refused_and_says_what_it_saw(model, message):
+def test_a_plan_without_anything_to_train_or_with_hidden_shapes_is_refused_and_says_what_it_saw(model, message):
     with pytest.raises(ValueError, match=f"There is no matrix for NorMuon: .*{message}"):
-        plan_parameters(model())
+        plan_parameters(model(), allow_no_matrix=True)
 
 
+class FirstStage(nn.Module):
+    """What a pipeline leaves of a model on its first rank: no layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.norm = nn.Embedding(8, 4), nn.LayerNorm(4)
+
+    def forward(self, x):
+        return self.norm(self.tokens(x))
+
+
+def test_a_part_of_a_model_without_a_matrix_trains_on_adamw_and_says_so_unless_it_is_meant():
+    seen = "all 3 trainable parameters went to AdamW \\(1-D: bias, gain or scalar; embedding\\).*allow_no_matrix=True"
+    with pytest.warns(UserWarning, match=f"There is no matrix for NorMuon: {seen}"):
+        plan_parameters(FirstStage())
+    with pytest.raises(ValueError, match=f"strict=True: There is no matrix for NorMuon: {seen}"):
+        plan_parameters(FirstStage(), strict=True)
+    assert {row.algorithm for row in plan_parameters(FirstStage(), strict=True, allow_no_matrix=True)} == {"adamw"}
+    ours, theirs = FirstStage(), FirstStage()
+    options = {"lr": 0.1, "weight_decay": 0.0}
+    optimizers = (
+        build_normuon(ours, allow_no_matrix=True, adamw_betas=(0.9, 0.999), **options),
+        torch.optim.AdamW(theirs.parameters(), fused=True, **options),
+    )
+    for _ in range(3):
+        for stage, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            stage(torch.arange(6)).square().mean(1).sin().sum().backward()
+            optimizer.step()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 def test_parameters_that_cannot_be_trained_are_refused_by_name():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    model[1].weight = nn.Parameter(torch.ones(3, 3, dtype=torch.complex64))
-    with pytest.raises(ValueError, match=r"'1\.weight' requires a gradient but is torch.complex64"):
+    model[1].weight = nn.Parameter(torch.ones(3, 3, dtype=torch.complex32))
+    with pytest.raises(ValueError, match=r"'1\.weight' requires a gradient but is torch.complex32"):
         plan_parameters(model)
 
 
-@pytest.mark.parametrize("option", ["split_fused", "per_head", "strict"])
+@pytest.mark.parametrize("option", ["split_fused", "per_head", "strict", "include_frozen", "allow_no_matrix"])
 def test_a_word_in_place_of_a_truth_value_is_refused(option):
     with pytest.raises(ValueError, match=f"{option}='false' must be True or False"):
         plan_parameters(nn.Linear(2, 2), **{option: "false"})
