@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-import re
-import tempfile
+import inspect
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from normuon_plugins.core.group_options import GROUP_KEYS
+from normuon_plugins.core.group_options import complete_group
 from normuon_plugins.core.layout import parse_layout
 from normuon_plugins.core.momentum import stored_momentum
-from normuon_plugins.core.optimizer_state import MEAN_SQUARE_KEY
+from normuon_plugins.core.names import has_match
+from normuon_plugins.core.optimizer import NorMuon
+from normuon_plugins.core.optimizer_state import MEAN_SQUARE_KEY, state_specs
+from normuon_plugins.diagnostics.dcp_folder import METADATA, check_stored, read_folder
 from normuon_plugins.diagnostics.live import NESTEROV_NOTE
-from normuon_plugins.diagnostics.spectra import PER_PARAMETER, Diagnosis, MatrixDiagnosis, diagnose_parameter
+from normuon_plugins.diagnostics.spectra import (
+    PER_PARAMETER,
+    Diagnosis,
+    MatrixDiagnosis,
+    diagnose_parameter,
+    with_distinct_names,
+)
 
 # What frameworks call the file or folder of the optimizer inside a checkpoint folder: the HF Trainer, Accelerate,
 # Accelerate and the Trainer under FSDP2, Lightning.
 FILES = ("optimizer.pt", "optimizer.bin", "optimizer_0", "*.ckpt", "*.pt", "*.bin")
-DCP_METADATA = ".metadata"
 ORTHOGONALIZE_NOTE = (
     "A checkpoint does not hold orthogonalize_fn: directions are those of Newton-Schulz with the options of the groups."
 )
@@ -39,14 +47,14 @@ def read_checkpoint(
 ) -> Diagnosis:
     """Return singular values and neuron norms of the state in a checkpoint.
 
-    Needs neither the model nor a process group.
+    Needs neither the model nor a process group. Under ``weights_only`` no code of the file or folder runs.
 
     Args:
         path: A file that ``torch.save`` wrote with the optimizer's state dict somewhere in it; a folder of
             ``torch.distributed.checkpoint``, which is made whole in memory; or a checkpoint folder with either in it.
         match: Regular expression; only parameters with a match in their name are looked at.
         per_parameter: At most so many matrices of a parameter that holds several (experts, heads), evenly spaced.
-        weights_only: As in ``torch.load``: False runs code that the file may bring.
+        weights_only: As in ``torch.load``: False runs code that the file, or a shard in the folder, may bring.
         progress: Called with each parameter's name before it is looked at.
 
     Raises:
@@ -57,14 +65,14 @@ def read_checkpoint(
     saved = find_state(_load(locate_optimizer(path), weights_only))
     if saved is None:
         raise ValueError(f"{path} holds no optimizer state: no dict with 'state' and 'param_groups' is in it.")
-    parameters = list(_matrices(saved))
+    parameters = _read_matrices(path, saved)
     if not parameters:
         algorithms = {group.get("algorithm") for group in saved["param_groups"]}
         raise ValueError(
             f"{path} holds no matrix parameter of NorMuon (algorithms of its groups: {sorted(map(str, algorithms))});"
             " another optimizer wrote it, or no step was taken."
         )
-    chosen = [entry for entry in parameters if re.search(match, entry[0])]
+    chosen = [entry for entry in parameters if has_match(match, entry[0])]
     if not chosen:
         raise ValueError(f"{match!r} matches none of the {len(parameters)} matrix parameters: {parameters[0][0]}, ...")
     matrices: list[MatrixDiagnosis] = []
@@ -83,7 +91,7 @@ def read_checkpoint(
         )
     notes = [ORTHOGONALIZE_NOTE]
     notes += [NESTEROV_NOTE] if any(group.get("nesterov") for _, _, group in chosen) else []
-    return Diagnosis(str(path), matrices, notes)
+    return Diagnosis(str(path), with_distinct_names(matrices), notes)
 
 
 def locate_optimizer(path: Path) -> Path:
@@ -94,14 +102,14 @@ def locate_optimizer(path: Path) -> Path:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder.")
-    if path.is_file() or (path / DCP_METADATA).is_file():
+    if path.is_file() or (path / METADATA).is_file():
         return path
     for pattern in FILES:
         for found in sorted(path.glob(pattern)):
-            if found.is_file() or (found / DCP_METADATA).is_file():
+            if found.is_file() or (found / METADATA).is_file():
                 return found
     raise FileNotFoundError(
-        f"{path} holds no optimizer state that is known ({', '.join(FILES)}, or a folder with {DCP_METADATA});"
+        f"{path} holds no optimizer state that is known ({', '.join(FILES)}, or a folder with {METADATA});"
         " give the file itself."
     )
 
@@ -111,17 +119,21 @@ def find_state(saved: Any) -> Mapping[str, Any] | None:
 
     A state dict that ``torch.distributed.checkpoint`` flattened is put together again.
     """
-    if isinstance(saved, Mapping):
-        if "param_groups" in saved and "state" in saved:
-            return saved
-        if any(isinstance(key, str) and key.startswith("param_groups.") for key in saved):
-            return _unflatten(saved)
-        inner: Any = saved.values()
-    elif isinstance(saved, (list, tuple)):
-        inner = saved
-    else:
-        return None
-    return next((found for value in inner if (found := find_state(value)) is not None), None)
+    waiting, seen = [saved], set()
+    while waiting:  # no recursion: what is nested deeper than Python's stack is no state dict, and no crash
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Mapping):
+            if "param_groups" in value and "state" in value:
+                return value
+            if any(isinstance(key, str) and key.startswith("param_groups.") for key in value):
+                return _unflatten(value)
+            waiting += list(value.values())[::-1]
+        elif isinstance(value, (list, tuple)):
+            waiting += value[::-1]
+    return None
 
 
 def _unflatten(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,37 +154,78 @@ def _unflatten(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _load(path: Path, weights_only: bool) -> Any:
-    """Return what a file or a DCP folder holds, on the CPU."""
-    if path.is_dir():
-        # here, since it takes a second to import
-        from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+    """Return what a file or a DCP folder holds, on the CPU.
 
-        with tempfile.TemporaryDirectory() as folder:
-            whole = Path(folder) / "whole.pt"
-            dcp_to_torch_save(path, whole)
-            return torch.load(whole, map_location="cpu", weights_only=weights_only)
+    Raises:
+        ValueError: In one sentence, whatever a damaged or hostile file does to its reader.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=weights_only)
-    except (UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"torch cannot read {path}: {reason} If you trust its author, weights_only=False (--no-weights-only) runs"
-            " the code that it brings."
-        ) from error
+        if path.is_dir():
+            return read_folder(path, lambda part: _load_file(part, weights_only))
+        with path.open("rb") as file:
+            return _load_file(file, weights_only)
+    except Exception as error:
+        if weights_only and isinstance(error, UnpicklingError) and "Weights only" in str(error):
+            raise ValueError(
+                f"torch cannot read {path}: {_first_line(error)} If you trust its author, weights_only=False"
+                " (--no-weights-only) runs the code that it brings."
+            ) from error
+        raise ValueError(f"torch cannot read {path}, it seems to be damaged: {_first_line(error)}") from error
+
+
+def _load_file(file: IO[bytes], weights_only: bool) -> Any:
+    """Return what ``torch.save`` wrote, which is never compressed: a few bytes could stand for any number of them."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is compressed, as torch.save never is")
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=weights_only)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _read_matrices(path: Path, saved: Mapping[str, Any]) -> list[tuple[str, dict[str, Tensor], Mapping[str, Any]]]:
+    """Return what ``_matrices`` yields; ``ValueError`` in one sentence where that fails, whatever is wrong in it."""
+    try:
+        return list(_matrices(saved))
+    except Exception as error:
+        raise ValueError(f"{path} holds no state that a NorMuon wrote: {_first_line(error)}") from error
 
 
 def _matrices(saved: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Tensor], Mapping[str, Any]]]:
-    """Yield name, state and options of every matrix parameter that has state."""
+    """Yield name, state and options of every matrix parameter that has state.
+
+    Raises:
+        ValueError: If a group's options are none that a NorMuon has, or state does not fit them. Other errors where
+            groups and state are no groups and state at all.
+    """
+    defaults = {name: option.default for name, option in inspect.signature(NorMuon).parameters.items()}
     for group in saved["param_groups"]:
         if group.get("algorithm") != "normuon":
             continue
+        options = complete_group(group, defaults)  # DCP's flattened form writes None as nothing at all
         names = group.get("param_names") or group["params"]
         for key, name in zip(group["params"], names, strict=True):
-            state = saved["state"].get(key, {})
+            state = saved["state"].get(key, saved["state"].get(str(key), {}))  # DCP writes numbers as words
             if all(wanted in state for wanted in MATRIX_KEYS):
-                yield str(name) if isinstance(name, str) else f"parameter {name}", state, _complete(group)
+                name = name if isinstance(name, str) else f"parameter {name}"
+                yield name, _checked(name, state, options), options
 
 
-def _complete(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a group's options; DCP's flattened form writes None as nothing at all."""
-    return {**dict.fromkeys(GROUP_KEYS["normuon"]), **group}
+def _checked(name: str, state: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return what is read of a parameter's state; raise ``ValueError`` where it does not fit the group's layout."""
+    momentum = state["momentum_buffer"]
+    specs = state_specs(momentum, group, kahan_sum=False, stored=momentum.dtype)
+    parse_layout(group["layout"]).check(momentum.shape)
+    checked: dict[str, Tensor] = {}
+    for key, (shape, _) in specs.items():
+        if key == MEAN_SQUARE_KEY and key not in state:
+            continue
+        check_stored(f"{key} of {name!r}", state[key])
+        if tuple(state[key].shape) != shape:
+            raise ValueError(f"{key} of {name!r} has shape {tuple(state[key].shape)} and needs {shape}")
+        checked[key] = state[key].contiguous()
+    return checked

@@ -141,6 +141,7 @@ def _rows(rows: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]) -> Figure:
 
 def _curve(axes: Axes, values: Tensor, stage: str) -> None:
     ordered = values.sort(descending=True).values.clamp_min(FLOOR)
-    picks = torch.linspace(0, len(ordered) - 1, min(POINTS, len(ordered))).round().long()
-    share = (picks + 0.5) / len(ordered)
+    count = min(POINTS, len(ordered))
+    picks = torch.linspace(0, len(ordered) - 1, count, dtype=torch.float32, device=ordered.device).round().long()
+    share = (picks.double() + 0.5) / len(ordered)
     axes.plot(share.tolist(), ordered[picks].tolist(), color=COLORS[stage], label=LABELS[stage], linewidth=1.2)

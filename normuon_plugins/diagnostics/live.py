@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -15,18 +16,37 @@ from torch.utils.hooks import RemovableHandle
 from normuon_plugins.core.group_options import parameter_name
 from normuon_plugins.core.layout import parse_layout
 from normuon_plugins.core.momentum import stored_momentum
+from normuon_plugins.core.names import has_match
 from normuon_plugins.core.optimizer import NorMuon
 from normuon_plugins.core.optimizer_state import MEAN_SQUARE_KEY
 from normuon_plugins.core.update_rules import nesterov_update
 from normuon_plugins.core.wrappers import find_normuon
 from normuon_plugins.diagnostics.report import check_target, write_report
-from normuon_plugins.diagnostics.spectra import PER_PARAMETER, Diagnosis, MatrixDiagnosis, diagnose_parameter
+from normuon_plugins.diagnostics.spectra import (
+    PER_PARAMETER,
+    Diagnosis,
+    MatrixDiagnosis,
+    diagnose_parameter,
+    shows_the_same,
+    with_distinct_names,
+)
 from normuon_plugins.distributed.placement import compute_device, local, locate, my_rank
 
 NESTEROV_NOTE = (
     "The steps look ahead with the last gradient (nesterov=True), which is not kept: momentum stands for what was"
     " orthogonalized."
 )
+
+Ranks = tuple[int, ...]
+
+
+class Member(NamedTuple):
+    """A matrix parameter that is looked at, and the ranks that may each diagnose a part of it."""
+
+    name: str
+    group: Mapping[str, Any]
+    parameter: Tensor
+    ranks: Ranks
 
 
 @torch.no_grad()
@@ -59,42 +79,31 @@ def diagnose(
         3.0
     """
     inner = unwrap(optimizer)
+    members = _members(inner, match)
+    known = _known_gradients(members) if gradients else set()
     found: list[tuple[int, MatrixDiagnosis]] = []
-    number = 0
-    known = _known_gradients(inner) if gradients else set()
     guessed = False
-    for group in inner.param_groups:
-        for index, parameter in enumerate(group["params"]):
-            name = parameter_name(group, index)
-            # membership first: reading a missing key would leave an empty entry in the state
-            stepped = group["algorithm"] == "normuon" and parameter in inner.state
-            if not (stepped and re.search(match, name)):
-                continue
-            ranks = _ranks(parameter, inner)
-            mine = my_rank() == ranks[number % len(ranks)]
-            number += 1
-            momentum = _whole_momentum(inner.state[parameter], group)
-            state = inner.state[parameter]
-            neurons = _whole(state["second_momentum_buffer"])
-            mean_square = _whole(state[MEAN_SQUARE_KEY]) if MEAN_SQUARE_KEY in state else None
-            look_ahead = None
-            if name in known:
-                gradient = _whole(parameter.grad)
-                look_ahead = nesterov_update(momentum, gradient, momentum=group["momentum"])
-            guessed |= group["nesterov"] and look_ahead is None
-            if mine:
-                function = inner.defaults["orthogonalize_fn"]
-                matrices = diagnose_parameter(
-                    name,
-                    momentum,
-                    neurons,
-                    group,
-                    gradient_mean_square=mean_square,
-                    look_ahead=look_ahead,
-                    orthogonalize_fn=function,
-                    per_parameter=per_parameter,
-                )
-                found += [(number, matrix) for matrix in matrices]
+    for number, (name, group, parameter, ranks) in enumerate(members):
+        state = inner.state[parameter]
+        momentum = _whole_momentum(state, group)
+        neurons = _whole(state["second_momentum_buffer"])
+        mean_square = _whole(state[MEAN_SQUARE_KEY]) if MEAN_SQUARE_KEY in state else None
+        look_ahead, gradient = None, parameter.grad
+        if number in known and gradient is not None:
+            look_ahead = nesterov_update(momentum, _whole(gradient), momentum=group["momentum"])
+        guessed |= group["nesterov"] and look_ahead is None
+        if my_rank() == ranks[number % len(ranks)]:
+            matrices = diagnose_parameter(
+                name,
+                momentum,
+                neurons,
+                group,
+                gradient_mean_square=mean_square,
+                look_ahead=look_ahead,
+                orthogonalize_fn=inner.defaults["orthogonalize_fn"],
+                per_parameter=per_parameter,
+            )
+            found += [(number, matrix) for matrix in matrices]
     every = _gather(found)
     if not every:
         raise ValueError(
@@ -102,7 +111,7 @@ def diagnose(
             if match
             else "no matrix parameter has state yet: take a step first."
         )
-    return Diagnosis("a live optimizer", every, (NESTEROV_NOTE,) if guessed else ())
+    return Diagnosis("a live optimizer", with_distinct_names(every), (NESTEROV_NOTE,) if guessed else ())
 
 
 def watch(
@@ -165,22 +174,31 @@ def unwrap(optimizer: Any) -> NorMuon:
     return found
 
 
-def _known_gradients(optimizer: NorMuon) -> set[str]:
-    """Return the names of the matrix parameters that look ahead and have a gradient on every rank."""
-    names = {
-        parameter_name(group, index)
+def _members(optimizer: NorMuon, match: str) -> list[Member]:
+    """Return the matrix parameters that were stepped and whose name has a match."""
+    return [
+        Member(name, group, parameter, _ranks(parameter, optimizer))
         for group in optimizer.param_groups
+        if group["algorithm"] == "normuon"
         for index, parameter in enumerate(group["params"])
-        if group.get("nesterov") and parameter.grad is not None
-    }
-    if not (dist.is_available() and dist.is_initialized()):
-        return names
-    every: list[set[str]] = [set() for _ in range(dist.get_world_size())]
-    dist.all_gather_object(every, names)
-    return set.intersection(*every)
+        # asked by get: reading a missing key would leave an empty entry in the state
+        if "momentum_buffer" in optimizer.state.get(parameter, {})
+        and has_match(match, name := parameter_name(group, index))
+    ]
 
 
-def _ranks(parameter: Tensor, optimizer: NorMuon) -> tuple[int, ...]:
+def _known_gradients(members: Sequence[Member]) -> set[int]:
+    """Return the numbers of the parameters that look ahead and have a gradient on every rank that holds them."""
+    looking = {(number, member.ranks): member for number, member in enumerate(members) if member.group.get("nesterov")}
+    missing = {key for key, member in looking.items() if member.parameter.grad is None}
+    every = [missing]
+    if dist.is_available() and dist.is_initialized():
+        every = [set() for _ in range(dist.get_world_size())]
+        dist.all_gather_object(every, missing)
+    return {number for number, _ in looking.keys() - set().union(*every)}
+
+
+def _ranks(parameter: Tensor, optimizer: NorMuon) -> Ranks:
     """Return the ranks that hold a parameter and may each diagnose a part; this one alone for a plain tensor.
 
     Plain parameters that are equal on the ranks of a process group (DDP) are known by that option.
@@ -191,7 +209,7 @@ def _ranks(parameter: Tensor, optimizer: NorMuon) -> tuple[int, ...]:
     return locate(parameter).ranks
 
 
-def _whole_momentum(state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+def _whole_momentum(state: Mapping[str, Tensor], group: Mapping[str, Any]) -> Tensor:
     """Return the momentum of a whole parameter in floating point."""
     buffer = state["momentum_buffer"]
     if buffer.is_floating_point():
@@ -224,12 +242,18 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _gather(found: list[tuple[int, MatrixDiagnosis]]) -> list[MatrixDiagnosis]:
-    """Return what all ranks found, each matrix once, in the order of the parameters' numbers."""
+    """Return what all ranks found, in the order of the parameters' numbers, replicas once.
+
+    Plain parameters may be replicas of each other, or those of several stages of a pipeline. The same number and name
+    on other ranks are a replica where they also show the same.
+    """
     lists = [found]
     if dist.is_available() and dist.is_initialized():
         lists = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(lists, found)
-    merged: dict[str, MatrixDiagnosis] = {}
-    for _, matrix in sorted((entry for rank in lists for entry in rank), key=lambda entry: entry[0]):
-        merged.setdefault(matrix.name, matrix)
-    return list(merged.values())
+    shown: dict[tuple[int, str], list[MatrixDiagnosis]] = {}
+    for number, matrix in sorted((entry for rank in lists for entry in rank), key=itemgetter(0)):
+        namesakes = shown.setdefault((number, matrix.name), [])
+        if not any(shows_the_same(matrix, other) for other in namesakes):
+            namesakes.append(matrix)
+    return [matrix for namesakes in shown.values() for matrix in namesakes]

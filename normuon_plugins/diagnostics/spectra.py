@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor
 from normuon_plugins.core.group_options import NS_DTYPES
 from normuon_plugins.core.layout import Layout, parse_layout
 from normuon_plugins.core.orthogonalize import orthogonalize
-from normuon_plugins.core.step_size import MATCH_PROGRESS, largest_rms
+from normuon_plugins.core.step_size import MATCH_PROGRESS, largest_rms, spread
 from normuon_plugins.core.update_rules import Progress, normuon_direction
 
 # The three stages of a step, as the paper's Figure 1 compares them.
@@ -128,6 +131,32 @@ class Diagnosis:
         return {"source": self.source, "notes": list(self.notes), "matrices": matrices}
 
 
+def with_distinct_names(matrices: Iterable[MatrixDiagnosis]) -> list[MatrixDiagnosis]:
+    """Return ``matrices``, the second of one name called ``"name (2)"``: groups and pipeline stages may share names."""
+    count: Counter[str] = Counter()
+    distinct = []
+    for matrix in matrices:
+        count[matrix.name] += 1
+        number = count[matrix.name]
+        distinct.append(replace(matrix, name=f"{matrix.name} ({number})") if number > 1 else matrix)
+    return distinct
+
+
+def shows_the_same(matrix: MatrixDiagnosis, other: MatrixDiagnosis) -> bool:
+    """Return whether two matrices have the same numbers at each stage, up to rounding."""
+    if (matrix.shape, matrix.trouble, matrix.stages.keys()) != (other.shape, other.trouble, other.stages.keys()):
+        return False
+    pairs = [(matrix.stages[stage], other.stages[stage]) for stage in matrix.stages]
+    return all(
+        torch.allclose(one, two, rtol=1e-3, atol=1e-3 * float(one.max()))
+        for here, there in pairs
+        for one, two in (
+            (here.singular_values, there.singular_values),
+            (here.neuron_norms, there.neuron_norms),
+        )
+    )
+
+
 def newton_schulz_of(group: Mapping[str, Any]) -> Orthogonalize:
     """Return the orthogonalization that a group's options describe."""
     dtype = None if group.get("ns_dtype") is None else NS_DTYPES[str(group["ns_dtype"]).removeprefix("torch.")]
@@ -163,31 +192,27 @@ def diagnose_parameter(
     """
     layout = parse_layout(group["layout"])
     shape, neuron_shape = tuple(momentum.shape), layout.neuron_state_shape(momentum.shape)
-    blocks = zip(
-        layout.block_boxes(shape),
-        layout.block_boxes(neuron_shape),
-        layout.matrix_state_boxes(shape),
-        layout.matrix_shapes(shape),
-        strict=True,
-    )
     update = momentum if look_ahead is None else look_ahead
     if gradient_mean_square is None:  # nobody reads it then
         gradient_mean_square = momentum.new_zeros(layout.matrix_state_shape(shape))
-    stacks = [
-        (
+    sizes = layout.matrix_shapes(shape)
+    boxes = (layout.block_boxes(shape), layout.block_boxes(neuron_shape), layout.matrix_state_boxes(shape))
+    places = [(block, index) for block, (count, _, _) in enumerate(sizes) for index in range(count)]
+    several_blocks, several = len(sizes) > 1, any(count > 1 for count, _, _ in sizes)
+    for block, chosen in groupby(_evenly(places, per_parameter), key=itemgetter(0)):
+        label = name + (f" [block {block}]" if several_blocks else "")
+        count, rows, cols = sizes[block]
+        box, neuron_box, matrix_box = (of_kind[block] for of_kind in boxes)
+        stack = (
             _stack(momentum, box, layout, (count, rows, cols)),
             _stack(update, box, layout, (count, rows, cols)),
             _stack(second_momentum, neuron_box, layout, (count, rows, 1)),
             _stack(gradient_mean_square, matrix_box, layout, (count, 1, 1)),
         )
-        for box, neuron_box, matrix_box, (count, rows, cols) in blocks
-    ]
-    places = [(block, index) for block, stack in enumerate(stacks) for index in range(len(stack[0]))]
-    several_blocks, several = len(stacks) > 1, any(len(stack[0]) > 1 for stack in stacks)
-    for block, index in _evenly(places, per_parameter):
-        label = name + (f" [block {block}]" if several_blocks else "") + (f" [matrix {index}]" if several else "")
-        matrix, orthogonalized, neurons, mean_square = (tensors[index] for tensors in stacks[block])
-        yield diagnose_matrix(label, matrix, orthogonalized, neurons, group, orthogonalize_fn, mean_square)
+        for _, index in chosen:
+            matrix, orthogonalized, neurons, mean_square = (tensors[index] for tensors in stack)
+            each = label + (f" [matrix {index}]" if several else "")
+            yield diagnose_matrix(each, matrix, orthogonalized, neurons, group, orthogonalize_fn, mean_square)
 
 
 def diagnose_matrix(
@@ -220,7 +245,7 @@ def diagnose_matrix(
     if group["adjust_lr_fn"] == MATCH_PROGRESS and gradient_mean_square is not None:
         # in the units of the scaled update
         mean_square = gradient_mean_square.float().view(1, 1, 1) / update.abs().max().float().square()
-        largest = torch.as_tensor(largest_rms(group["lr"], rows, cols)).to(mean_square).expand_as(mean_square)
+        largest = spread([(1, largest_rms(group["lr"], rows, cols))], mean_square).view_as(mean_square)
         progress = Progress(_scaled(update)[None], mean_square, largest)
     for stage, normalize in (("muon", False), ("normuon", group["normalize_neurons"])):
         if stage == "normuon" and not (normalize and bool(second_momentum.any())):

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from normuon_plugins import build_normuon
-from normuon_plugins.diagnostics import diagnose, watch, write_report
+from normuon_plugins import NorMuon, build_normuon
+from normuon_plugins.diagnostics import diagnose, read_checkpoint, watch, write_report
 from normuon_plugins.diagnostics.report import reading
 from tests.models import tiny_llama, token_blocks
 
@@ -90,6 +90,31 @@ def test_reading_says_the_numbers(diagnosis):
 def test_other_files_are_refused_before_anything_is_computed(diagnosis, name, tmp_path):
     with pytest.raises(ValueError, match=r"name it \.html, \.png, \.json"):
         write_report(diagnosis, tmp_path / name)
+
+
+def test_two_matrices_of_one_name_are_both_in_the_report(tmp_path):
+    weights = [torch.nn.Parameter(torch.eye(3)), torch.nn.Parameter(torch.eye(4))]
+    unnamed = NorMuon([{"params": [weight]} for weight in weights])
+    of_two_models = NorMuon([{"params": [("0.weight", weight)]} for weight in weights])
+    for optimizer, name in ((unnamed, "parameter 0 of its group"), (of_two_models, "0.weight")):
+        for weight in weights:
+            weight.grad = torch.rand_like(weight)
+        optimizer.step()
+        torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+        shown = [(matrix.name, matrix.shape) for matrix in diagnose(optimizer).matrices]
+        assert shown == [(name, (3, 3)), (f"{name} (2)", (4, 4))]
+        saved = [matrix.name for matrix in read_checkpoint(tmp_path).matrices]
+        assert saved == (["0.weight", "0.weight (2)"] if name == "0.weight" else ["parameter 0", "parameter 1"])
+        page = write_report(diagnose(optimizer), tmp_path / "report.json").read_text()
+        assert f"{name} (2)" in page
+
+
+def test_names_with_torchs_wrappers_have_a_match_without_them():
+    model = torch.compile(tiny_llama(), backend="eager")
+    optimizer = build_normuon(model)
+    train(optimizer, model)
+    found = diagnose(optimizer, match=r"^model\.layers\.0\.mlp\.up_proj").matrices
+    assert [matrix.name for matrix in found] == ["_orig_mod.model.layers.0.mlp.up_proj.weight"]
 
 
 def test_watch_writes_every_so_many_steps_and_ends(tmp_path):

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
+from normuon_plugins import NorMuon
 from normuon_plugins.diagnostics import diagnose, live, watch
 from tests.distributed import cases
 from tests.ranks import run_ranks
@@ -107,3 +108,29 @@ def test_replicas_of_ddp_divide_the_work(alone):
     for ranks, numbers in run_ranks(plain_replicas, 2):
         assert ranks == (0, 1)
         assert_shown(numbers, alone[0], "ddp")
+
+
+def stage(rank):
+    """A pipeline stage: a layer of its own under a name that every stage has, and one that all hold alike."""
+    torch.manual_seed(rank)
+    own = torch.nn.Parameter(torch.randn(6, 4))
+    torch.manual_seed(9)
+    shared = torch.nn.Parameter(torch.randn(5, 4))
+    optimizer = NorMuon([("layers.0.weight", own), ("shared.weight", shared)], ns_dtype="float32")
+    for parameter in (own, shared):
+        parameter.grad = parameter.detach().sin()
+    optimizer.step()
+    return optimizer
+
+
+def diagnosed_stages():
+    return [(m.name, m.to_dict()) for m in diagnose(stage(dist.get_rank()), gradients=True).matrices]
+
+
+def test_stages_with_the_same_names_are_all_in_the_report_and_replicas_once():
+    alone = [{m.name: m.to_dict() for m in diagnose(stage(rank), gradients=True).matrices} for rank in (0, 1)]
+    for found in run_ranks(diagnosed_stages, 2):
+        assert [name for name, _ in found] == ["layers.0.weight", "layers.0.weight (2)", "shared.weight"]
+        assert found[0][1] == alone[0]["layers.0.weight"]
+        assert {**found[1][1], "name": "layers.0.weight"} == alone[1]["layers.0.weight"]
+        assert found[2][1] == alone[0]["shared.weight"]
