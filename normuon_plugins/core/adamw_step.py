@@ -10,9 +10,12 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from normuon_plugins.core.compensation import COMPENSATION, exact_weight, round_weight
+from normuon_plugins.core.step_size import as_scalar
 
 # Devices whose fused kernel takes every floating dtype and a tensor lr.
 FUSED_DEVICES = ("cpu", "cuda")
+# Devices on which torch's other kernels take the number of the step without reading it back (``capturable``).
+CAPTURABLE_DEVICES = ("cuda", "xpu")
 
 # Parameter, gradient, exp_avg, exp_avg_sq, step.
 Row = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -58,6 +61,7 @@ def _step(rows: Sequence[Row], group: Mapping[str, Any]) -> None:
         if not chosen:
             continue
         params, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*chosen, strict=True))
+        device = steps[0].device
         adamw(
             params,
             [gradient.to(parameter.dtype) for parameter, gradient in zip(params, grads, strict=True)],
@@ -66,10 +70,12 @@ def _step(rows: Sequence[Row], group: Mapping[str, Any]) -> None:
             [],
             steps,
             fused=fused or None,  # None: torch chooses between foreach and a loop
+            # The step lies beside the parameter, where the fused kernel wants it; a checkpoint may come from either.
+            capturable=not fused and device.type in CAPTURABLE_DEVICES,
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
-            lr=group["lr"],
+            lr=as_scalar(group["lr"], device),
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
@@ -116,6 +122,8 @@ def _fits_fused_kernel(*tensors: Tensor) -> bool:
     """Return whether the fused kernel reads these tensors right.
 
     On CPU it walks their memory, whatever the strides (torch 2.13): an element of a transposed or sliced parameter gets
-    another's update, or its neighbours in memory do.
+    another's update, or its neighbours in memory do. It knows no complex numbers anywhere.
     """
-    return all(tensor.device.type in FUSED_DEVICES and tensor.is_contiguous() for tensor in tensors)
+    return all(
+        tensor.device.type in FUSED_DEVICES and tensor.is_contiguous() and not tensor.is_complex() for tensor in tensors
+    )

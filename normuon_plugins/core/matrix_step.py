@@ -7,77 +7,24 @@ They meet here.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from normuon_plugins.core.directions import Directions
 from normuon_plugins.core.gradient_squares import sum_squares
-from normuon_plugins.core.metrics import NeuronRecord
-from normuon_plugins.core.orthogonalize import orthogonalize
-from normuon_plugins.core.stacks import SQUARES, Stack
+from normuon_plugins.core.metrics import Rate
+from normuon_plugins.core.stacks import SQUARES
 from normuon_plugins.core.step_plan import Team
-from normuon_plugins.core.step_size import MATCH_PROGRESS, largest_rms, update_mean_square
+from normuon_plugins.core.step_size import largest_rms, spread, update_mean_square
 from normuon_plugins.core.stored_matrix import StoredMatrix
 from normuon_plugins.core.team_plan import Bucket
-from normuon_plugins.core.update_rules import Progress, Scale, normuon_direction, scale_neurons
+from normuon_plugins.core.update_rules import Progress
 from normuon_plugins.distributed.boxes import length
-from normuon_plugins.distributed.exchange import Cut, Pending
-
-Orthogonalize = Callable[[Tensor], Tensor]
-
-
-class Directions:
-    """The mathematics of one step, and what it leaves for ``NorMuon.metrics``.
-
-    Args:
-        orthogonalize_fn: Replaces Newton-Schulz; None uses the group's options.
-        compile: Whether what follows it is fused by ``torch.compile``.
-
-    Attributes:
-        records: One per batch so far.
-    """
-
-    def __init__(self, orthogonalize_fn: Orthogonalize | None, *, compile: bool = False) -> None:
-        self._orthogonalize_fn = orthogonalize_fn
-        self._scale = _compiled() if compile else scale_neurons
-        self.records: list[NeuronRecord] = []
-
-    def __call__(
-        self,
-        update: Tensor,
-        neurons: Tensor,
-        stack: Stack,
-        group: Mapping[str, Any],
-        progress: Progress | None,
-    ) -> Tensor:
-        """Return the direction of one batch, with the options that all its matrices share."""
-        found = normuon_direction(
-            update,
-            neurons,
-            orthogonalize=self._orthogonalizer(stack, group),
-            normalize=group["normalize_neurons"],
-            beta2=group["beta2"],
-            eps=group["eps"],
-            adjust_lr_fn=group["adjust_lr_fn"],
-            scale=self._scale,
-            progress=progress,
-        )
-        self.records.append(NeuronRecord.of(found, group["lr"]))
-        return found.direction
-
-    def _orthogonalizer(self, stack: Stack, group: Mapping[str, Any]) -> Orthogonalize:
-        """Return the user's function, or Newton-Schulz, which leaves its result where the update was if it may."""
-        keeps_update = group["adjust_lr_fn"] == MATCH_PROGRESS
-        if (orthogonalize_fn := self._orthogonalize_fn) is not None:
-            if keeps_update:  # the user's function may write to what it is given
-                return lambda update: orthogonalize_fn(update.clone(memory_format=torch.contiguous_format))
-            return lambda update: orthogonalize_fn(update.contiguous())
-        options = {key: group[key] for key in ("ns_coefficients", "ns_steps")}
-        return lambda update: orthogonalize(
-            update, **options, ns_dtype=stack.dtype, out=None if keeps_update else update
-        )
+from normuon_plugins.distributed.exchange import Cut
+from normuon_plugins.distributed.message import Pending
 
 
 class _Batch(NamedTuple):
@@ -96,11 +43,6 @@ class _Batch(NamedTuple):
     neurons: Tensor
     mean_square: Tensor | None = None
     squares: Tensor | None = None
-
-
-@cache
-def _compiled() -> Scale:
-    return torch.compile(scale_neurons)
 
 
 class _Visit:
@@ -179,7 +121,9 @@ class _Visit:
             batch = self._batches.pop()
             stack = self.bucket.stacks[batch.items[0]]
             group = self.stored[stack.parameter].group
-            direction = directions(batch.update, batch.neurons, stack, group, self._progress(batch))
+            stacks = [self.bucket.stacks[item] for item in batch.items]
+            rates = [Rate(each.shape[0], self.stored[each.parameter].group["lr"]) for each in stacks]
+            direction = directions(batch.update, batch.neurons, stack, group, self._progress(batch), rates)
             if direction is not batch.update:
                 self._show(batch._replace(update=direction))
 
@@ -202,11 +146,8 @@ class _Visit:
         if all(value is values[0] or (not isinstance(value, Tensor) and value == values[0]) for value in values):
             value = values[0]
             return value.to(batch.update.device, torch.float32).view(1, 1, 1) if isinstance(value, Tensor) else value
-        # Copied to the device, which is why equal ones are not.
-        spread = [torch.as_tensor(value, dtype=torch.float32).view(1) for value in values]
         counts = [stack.shape[0] for stack in stacks]
-        each = torch.cat([value.to(batch.update.device).expand(n) for value, n in zip(spread, counts, strict=True)])
-        return each.view(-1, 1, 1)
+        return spread(zip(counts, values, strict=True), batch.neurons).view(-1, 1, 1)
 
     def release(self) -> None:
         """Let go of the whole matrices."""
@@ -240,6 +181,7 @@ class TeamStep:
         self._stored = stored
         self._directions = directions
         self._outgoing: Pending | None = None
+        self._present: list[bool] = []
 
     def start(self, present: Container[int]) -> None:
         """Send the first round on its way, and with it which parameters have a gradient on this rank."""
@@ -250,13 +192,55 @@ class TeamStep:
         """Return the numbers of the parameters that have a gradient on any rank.
 
         A rank with all gradients knows the answer, and waits for nothing.
+
+        Raises:
+            RuntimeError: See ``_read_notes``.
         """
         found = self._present
-        if self._team.asks and not all(found):
+        if self._team.asks:
             assert self._outgoing is not None
-            notes = torch.stack(self._outgoing.notes())[:, : len(found)]
-            found = notes.any(dim=0).tolist()
+            notes = self._read_notes(self._outgoing)
+            found = found if notes is None else notes.any(dim=0).tolist()
         return [number for number, here in zip(self._team.members, found, strict=True) if here]
+
+    def _read_notes(self, pending: Pending) -> Tensor | None:
+        """Return who has a gradient, a row per rank and a column per parameter; None where this rank need not know.
+
+        It must where it misses a gradient. On a CPU, where waiting costs nothing, all ranks look whether those that
+        hold the same part of a parameter are alike; on a GPU the one without a gradient does.
+
+        Raises:
+            RuntimeError: If they are not: an owner among them would move all the others by no gradient.
+        """
+        looks = bool(self._team.copies) and self._team.device.type == "cpu"
+        if all(self._present) and not looks:
+            return None
+        notes = pending.notes()
+        if not notes:
+            return None
+        found = torch.stack(notes)[:, : len(self._present)].bool()
+        self._check_copies(found)
+        return found
+
+    def _check_copies(self, notes: Tensor) -> None:
+        """Raise where ranks that hold the same part differ; ``notes`` has a row per rank, a column per parameter."""
+        for number, flags in zip(self._team.members, notes.mT.tolist(), strict=True):
+            if number not in self._team.copies or all(flags) or not any(flags):
+                continue
+            name, blocks = self._team.copies[number]
+            boxes = [(box, rank) for box, rank, flag in zip(blocks.boxes, blocks.ranks, flags, strict=True) if flag]
+            having = {box for box, _ in boxes}
+            lacking = [
+                rank
+                for box, rank, flag in zip(blocks.boxes, blocks.ranks, flags, strict=True)
+                if not flag and box in having
+            ]
+            if lacking:
+                raise RuntimeError(
+                    f"{name!r} has a gradient on ranks {[rank for _, rank in boxes]} and none on ranks {lacking}, which"
+                    " hold the same part of it and share the work of its step. Average the gradients first (DDP does,"
+                    " outside no_sync), or let every replica compute its own step: replicas='redundant'."
+                )
 
     def finish(self, alive: Container[int]) -> None:
         """Run all rounds: while one is multiplied the next one travels, and the one before travels back."""
@@ -270,9 +254,12 @@ class TeamStep:
             del arriving
             bucket.exchange.gather_own(visit.read, visit.whole, visit.chosen)
             visit.compute(self._directions)
+            note = self._note() if index == 0 and not self._team.asks else None
             for part in range(bucket.exchange.parts):
                 returning()
-                back = bucket.exchange.start_to_shards(part, visit.whole, visit.chosen, bucket.device)
+                back = bucket.exchange.start_to_shards(part, visit.whole, visit.chosen, bucket.device, note)
+                if note is not None:  # before anything is written
+                    self._read_notes(back)
                 returning = partial(bucket.exchange.finish_to_shards, back, visit.write, visit.chosen)
             bucket.exchange.keep_own(visit.whole, visit.write, visit.chosen)
             visit.release()

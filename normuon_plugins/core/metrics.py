@@ -8,12 +8,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from normuon_plugins.core.step_size import spread
 from normuon_plugins.core.update_rules import Direction
 from normuon_plugins.distributed.agreement import gather_rows
 from normuon_plugins.distributed.placement import compute_device
 
 # What NeuronRecord.totals returns: so many sums, then so many largest values.
 SUMS, MAXIMA = 4, 2
+
+
+class Rate(NamedTuple):
+    """The learning rate of so many matrices, one after the other: those of several groups may share a batch."""
+
+    matrices: int
+    lr: float | Tensor
 
 
 class NeuronRecord(NamedTuple):
@@ -23,18 +31,25 @@ class NeuronRecord(NamedTuple):
         rms: RMS of each row of the orthogonalized update, shape ``(batch, m, 1)``.
         scale: What each row was multiplied by, shape of ``rms``.
         cols: Length of a row.
-        lr: Learning rate of the step.
+        rates: Learning rates of the step.
     """
 
     rms: Tensor
     scale: Tensor
     cols: int
-    lr: float | Tensor
+    rates: Sequence[Rate]
 
     @classmethod
-    def of(cls, direction: Direction, lr: float | Tensor) -> NeuronRecord:
+    def of(cls, direction: Direction, rates: Sequence[Rate]) -> NeuronRecord:
         """Keep the small parts of ``direction``."""
-        return cls(direction.rms, direction.scale, direction.direction.shape[-1], _frozen(lr))
+        joined: list[Rate] = []
+        for rate in rates:
+            if joined and rate.lr is joined[-1].lr:
+                joined[-1] = Rate(joined[-1].matrices + rate.matrices, rate.lr)
+            else:
+                joined.append(rate)
+        frozen = [Rate(rate.matrices, _frozen(rate.lr)) for rate in joined]
+        return cls(direction.rms, direction.scale, direction.direction.shape[-1], frozen)
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -52,7 +67,7 @@ class NeuronRecord(NamedTuple):
         scale = self.scale.float().squeeze(-1)
         after = before * scale
         # A row of zeros stays zero whatever it is multiplied by, which is huge then: it has no rate.
-        rates = (scale * self.lr).masked_fill(before == 0, 0.0)
+        rates = (scale * spread(self.rates, scale).view(-1, 1)).masked_fill(before == 0, 0.0)
         squares = after.square().sum() * self.cols
         return torch.stack([_spread(before), _spread(after), squares, rates.sum(), rates.max(), -rates.min()])
 
@@ -67,6 +82,8 @@ def first_rates(param_groups: Sequence[Mapping[str, Any]]) -> dict[str, float | 
     """Return the learning rate of the first group of each algorithm."""
     rates: dict[str, float | Tensor] = {}
     for group in param_groups:
+        if not group["params"]:
+            continue  # everything of its kind is frozen
         rates.setdefault(f"{group['algorithm']}/lr", _frozen(group["lr"]))
     return rates
 
@@ -98,9 +115,10 @@ def synchronized_neuron_metrics(records: Sequence[NeuronRecord], parameter: Tens
     """
     device = compute_device(parameter)
     counts = torch.tensor(_count(records), dtype=torch.float32, device=device)
-    totals = _sum(records).to(device) if records else torch.zeros(SUMS + MAXIMA, device=device)
+    totals = _sum(records).to(device) if records else torch.zeros(SUMS + MAXIMA, dtype=torch.float32, device=device)
     # Ranks without a matrix have no rate: their zeros would be the smallest.
-    rows = torch.tensor([row for row in gather_rows(torch.cat([counts, totals])) if row[0]], dtype=torch.float64)
+    found = [row for row in gather_rows(torch.cat([counts, totals])) if row[0]]
+    rows = torch.tensor(found, dtype=torch.float64, device="cpu")
     return _describe(rows[:, :3].sum(dim=0).tolist(), _merge(rows[:, 3:]).tolist()) if len(rows) else {}
 
 

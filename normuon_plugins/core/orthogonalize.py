@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -171,12 +172,17 @@ def orthogonalize(
     workspace = Workspace(dtype, source.device)
     batch, results = source.reshape(-1, *sides), target.view(-1, *sides)
     together = _together(batch, form, dtype)
-    # A step inside an autocast region would silently multiply in another dtype than ns_dtype.
-    with torch.autocast(source.device.type, enabled=False):
+    with without_autocast(source.device):
         for part, result in zip(torch.split(batch, together), torch.split(results, together), strict=True):
             x = _scale_to_unit_norm(part, preset.margin, workspace)
             newton_schulz(x, preset.polynomials, form, workspace, result)
     return target.mT if turned else target
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which products have the dtype of their factors, whatever region a step is taken in."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def _together(batch: Tensor, form: Form, dtype: torch.dtype) -> int:

@@ -2,51 +2,82 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from normuon_plugins.core.adamw_step import step_adamw
 from normuon_plugins.core.compensation import COMPENSATION
+from normuon_plugins.core.directions import Directions
 from normuon_plugins.core.layout import parse_layout
-from normuon_plugins.core.matrix_step import Directions, TeamStep, step_local
+from normuon_plugins.core.matrix_step import TeamStep, step_local
 from normuon_plugins.core.metrics import NeuronRecord
 from normuon_plugins.core.momentum import stored_momentum
 from normuon_plugins.core.optimizer_state import MEAN_SQUARE_KEY
 from normuon_plugins.core.step_plan import Member, StepPlan
 from normuon_plugins.core.stored_matrix import StoredMatrix
 from normuon_plugins.distributed.agreement import any_rank
-from normuon_plugins.distributed.placement import gradient_block, local
+from normuon_plugins.distributed.gradients import gradient_blocks, places_alike
+from normuon_plugins.distributed.placement import local, my_rank
 
 
-def local_gradients(members: Sequence[Member]) -> dict[int, Tensor]:
+def local_gradients(plan: StepPlan, members: Sequence[Member]) -> dict[int, Tensor]:
     """Return this rank's block of every gradient that there is, by the parameter's number."""
-    return {
-        number: gradient_block(member.parameter.grad, member.parameter)
-        for number, member in enumerate(members)
-        if member.parameter.grad is not None
-    }
+    return gradient_blocks([member.parameter for member in members], plan.asked)
 
 
 def find_nonfinite(plan: StepPlan, members: int, gradients: Mapping[int, Tensor]) -> tuple[list[int], bool]:
     """Return which of ``members`` parameters have a gradient with NaN or infinity on any rank that holds them.
 
     And whether any rank found one at all, also in a parameter that this rank holds nothing of: small teams are asked
-    first and the larger ones told, so that all raise together.
+    first and the larger ones told, so that all raise together. Ranks that share no parameter, even through others, are
+    not asked: the stages of a pipeline have no team in common.
     """
-    flags = torch.zeros(members, dtype=torch.bool)
-    checks = [torch.isfinite(gradient).all() for gradient in gradients.values()]
-    if checks:
-        # One read-back for all flags: asking each of them would stop a GPU once per parameter.
-        flags[list(gradients)] = ~torch.stack([check.to(checks[0].device) for check in checks]).cpu()
-    found = bool(flags.any())
-    for team in sorted(plan.teams, key=lambda team: team.group.size()):
-        *bad, found = any_rank([*flags[team.members].tolist(), found], team.group, team.device)
-        flags[team.members] = torch.tensor(bad)
-    return [number for number, bad in enumerate(flags.tolist()) if bad], found
+    flags = _nonfinite_flags(members, gradients)
+    found = any(flags)
+    for team in plan.teams:
+        *bad, found = any_rank([*(flags[number] for number in team.members), found], team.group, team.device)
+        for number, is_bad in zip(team.members, bad, strict=True):
+            flags[number] = is_bad
+    return [number for number, is_bad in enumerate(flags) if is_bad], found
+
+
+def others_in_words(plan: StepPlan) -> str:
+    """Return a sentence about the ranks that no team of this rank reaches, and that hear of no error; "" for none."""
+    if not dist.is_initialized():
+        return ""
+    told = {my_rank()}.union(*(dist.get_process_group_ranks(team.group) for team in plan.teams))
+    others = [rank for rank in range(dist.get_world_size()) if rank not in told]
+    more = f" and {len(others) - 8} more" if len(others) > 8 else ""
+    words = f" Ranks {others[:8]}{more} share no matrix with this one and were not asked: end those that go on, too."
+    return words if others else ""
+
+
+def _nonfinite_flags(members: int, gradients: Mapping[int, Tensor]) -> list[bool]:
+    """Return for each of ``members`` whether its gradient here has NaN or infinity.
+
+    By its largest entry, which needs no copy of the gradient; all are read back at once, since asking each of them
+    would stop a GPU once per parameter.
+    """
+    flags = [False] * members
+    numbers = [number for number, gradient in gradients.items() if gradient.numel() > 0]
+    # The largest entry of a complex tensor could be infinite where its parts are not.
+    reals = [torch.view_as_real(each) if each.is_complex() else each for each in map(gradients.__getitem__, numbers)]
+    asked: list[int] = []
+    found: list[Tensor] = []
+    for places in places_alike(reals):
+        asked += places
+        found.append(torch.stack(torch._foreach_norm([reals[place] for place in places], math.inf)).isfinite())
+    if found:
+        is_finite = torch.cat([each.to(found[0].device) for each in found]).tolist()
+        for place, finite in zip(asked, is_finite, strict=True):
+            flags[numbers[place]] = not finite
+    return flags
 
 
 def take_step(

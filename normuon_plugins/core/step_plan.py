@@ -14,22 +14,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from normuon_plugins.core.compared_facts import Facts, compared_facts, options_in_words
 from normuon_plugins.core.group_options import NS_DTYPES
 from normuon_plugins.core.layout import parse_layout
-from normuon_plugins.core.momentum import check_blocks, momentum_dtype
 from normuon_plugins.core.orthogonalize import fast_matmul_dtype
 from normuon_plugins.core.stacks import Stack, divide
 from normuon_plugins.core.step_size import MATCH_PROGRESS
 from normuon_plugins.core.team_plan import Bucket, plan_buckets
-from normuon_plugins.distributed.agreement import check_equal, create_group
-from normuon_plugins.distributed.boxes import length
+from normuon_plugins.distributed.agreement import any_rank, check_equal, create_group
+from normuon_plugins.distributed.gradients import is_elsewhere
 from normuon_plugins.distributed.placement import (
     Blocks,
     compute_device,
-    describe,
     is_sharded,
-    local,
     locate,
+    mesh_groups,
     my_rank,
     replicate,
     whereabouts,
@@ -44,6 +43,7 @@ PLANNED_KEYS = ("layout", "ns_dtype", "momentum_dtype")
 
 # Numbers of parameters, by the ranks that share them and the device that computes them.
 Teams = dict[tuple[tuple[int, ...], torch.device], list[int]]
+Groups = dict[tuple[tuple[int, ...], str], dist.ProcessGroup | None]
 
 
 class Member(NamedTuple):
@@ -63,7 +63,9 @@ class Team:
         device: Where their messages are kept.
         members: Numbers of their parameters.
         rounds: Buckets that travel, in order.
-        asks: Whether the first round carries who has a gradient: where shards differ, so may gradients.
+        asks: Whether who has a gradient travels to the owners: where shards differ, so may gradients. Of what every
+            rank holds whole nothing travels there, and it comes back with the directions.
+        copies: Of which parameters several ranks hold the same part, by number, with name and place.
     """
 
     group: dist.ProcessGroup
@@ -71,6 +73,7 @@ class Team:
     members: list[int]
     rounds: list[Bucket]
     asks: bool
+    copies: Mapping[int, tuple[str, Blocks]]
 
 
 @dataclass(frozen=True)
@@ -80,16 +83,19 @@ class StepPlan:
     Attributes:
         signature: Changes when the plan must be made anew.
         parameters: Holding them keeps the identities in ``signature`` unique.
-        teams: Of more than one rank, in the order of their first parameter.
+        teams: Of more than one rank, in the order of ``_teams``.
         local: Buckets without messages.
-        groups: Process groups made so far, by ranks.
+        groups: Process groups in use, by ranks and kind of device.
+        asked: Numbers of the parameters about whose gradients ranks ask each other at every step, see
+            ``gradient_blocks``.
     """
 
     signature: Hashable
     parameters: Sequence[Tensor]
     teams: list[Team]
     local: list[Bucket]
-    groups: dict[tuple[int, ...], dist.ProcessGroup | None]
+    groups: Groups
+    asked: frozenset[int]
 
 
 def ns_dtype(member: Member) -> torch.dtype:
@@ -118,7 +124,8 @@ def plan_step(members: Sequence[Member], options: Mapping[str, Any], previous: S
 
     Args:
         members: Every trainable parameter, in the order of the groups.
-        options: ``bucket_bytes``, ``replicas`` and ``process_group`` of the optimizer.
+        options: ``bucket_bytes``, ``replicas`` and ``process_group`` of the optimizer; ``ignored`` says of a parameter
+            whether its gradient is every rank's own.
         previous: The plan before this one, whose process groups are used again.
 
     Raises:
@@ -127,57 +134,62 @@ def plan_step(members: Sequence[Member], options: Mapping[str, Any], previous: S
     """
     groups = dict(previous.groups) if previous is not None else {}
     blocks = [_locate(member, options) for member in members]
-    _agree(members, blocks, _teams(members, blocks), groups, options)
+    asked = _agree(members, blocks, _teams(members, blocks), groups, options, previous)
     if options["replicas"] == "redundant":
         blocks = [_own_replica(each) for each in blocks]
     teams = _teams(members, blocks)
-    plan = StepPlan(sign(members, options), [member.parameter for member in members], [], [], groups)
+    plan = StepPlan(sign(members, options), [member.parameter for member in members], [], [], groups, asked)
     for (ranks, device), numbers in teams.items():
-        group = _group(groups, ranks, options["process_group"])
+        group = _group(groups, ranks, device, [members[number].parameter for number in numbers], options)
         _plan_team(plan, members, ranks, group, device, numbers, blocks, options["bucket_bytes"])
     return plan
 
 
 def _teams(members: Sequence[Member], blocks: Sequence[tuple[Blocks, ...]]) -> Teams:
-    """Return the numbers of the members by the ranks that share them, and by device, in order of appearance."""
+    """Return the numbers of the members by the ranks that share them, and by device.
+
+    Small teams first, then by their ranks: an order that is the same on all ranks that share any team, so that no two
+    wait for each other in different ones.
+    """
     teams: Teams = {}
     for number, (member, (where, *_)) in enumerate(zip(members, blocks, strict=True)):
         teams.setdefault((where.ranks, compute_device(member.parameter)), []).append(number)
-    return teams
+    return dict(sorted(teams.items(), key=lambda team: (len(team[0][0]), team[0][0], team[0][1].type)))
 
 
 def _agree(
     members: Sequence[Member],
     blocks: Sequence[tuple[Blocks, ...]],
     teams: Teams,
-    groups: dict[tuple[int, ...], dist.ProcessGroup | None],
+    groups: Groups,
     options: Mapping[str, Any],
-) -> None:
+    previous: StepPlan | None,
+) -> frozenset[int]:
     """Make the process groups that are missing, and raise on every rank that would wait for one that plans otherwise.
 
-    Small teams first: what is found there is told to the larger ones, whose other ranks know nothing of it.
+    What is found in a small team is told to the larger ones, whose other ranks know nothing of it. Returns what
+    ``StepPlan.asked`` says.
     """
     error: ValueError | None = None
-    for (ranks, device), numbers in sorted(teams.items(), key=lambda team: len(team[0][0])):
-        group = _group(groups, ranks, options["process_group"])
+    asked: list[int] = []
+    before = {id(previous.parameters[number]) for number in previous.asked} if previous is not None else set()
+    for (ranks, device), numbers in teams.items():
+        group = _group(groups, ranks, device, [members[number].parameter for number in numbers], options)
         if group is None:
             continue
-        header = ", ".join(
-            f"{name}={options[name]!r}" for name in ("bucket_bytes", "replicas", "kahan_sum", "nonfinite")
-        )
-        facts = [_facts(members[number], blocks[number][0]) for number in numbers]
-        before = "no error before" if error is None else f"an error before ({error})"
+        facts = _facts([members[number] for number in numbers], [blocks[number][0] for number in numbers])
+        told = "no error before" if error is None else f"an error before ({error})"
         try:
-            check_equal([header, before, *(words for words, _ in facts)], group, device)
-            for words, is_placed in facts:
-                if not is_placed:  # on every rank alike, or the ranks would differ
-                    raise ValueError(f"{words}; build the DTensor from shards of the right shape.")
-            for number in numbers:
-                _check_momentum(members[number], blocks[number][0])
+            check_equal([options_in_words(options), told, *facts.lines], group, device)
+            facts.check()
         except ValueError as found:
             error = error or found
+        else:
+            flags = [is_elsewhere(each) or id(each) in before for each in (members[n].parameter for n in numbers)]
+            asked += numbers if any(any_rank([any(flags)], group, device)) else []
     if error is not None:
         raise error
+    return frozenset(asked)
 
 
 def _plan_team(
@@ -197,14 +209,15 @@ def _plan_team(
         if members[number].group["algorithm"] == "normuon"
         for stack in _divide(number, members[number], blocks[number], bucket_bytes)
     ]
-    # What every rank holds whole has, by its placement, the same gradient everywhere.
     asks = any(not blocks[number][0].is_replicated for number in numbers)
-    buckets = plan_buckets(
-        stacks, len(ranks), ranks.index(my_rank()), group, bucket_bytes, note_bytes=len(numbers) if asks else 0
-    )
+    copies = {
+        number: (members[number].name, blocks[number][0]) for number in numbers if blocks[number][0].replica_count > 1
+    }
+    notes = {"note_bytes": len(numbers) if asks else 0, "back_note_bytes": 0 if asks else len(numbers)}
+    buckets = plan_buckets(stacks, len(ranks), ranks.index(my_rank()), group, bucket_bytes, **notes)
     plan.local.extend(buckets.local)
     if group is not None:
-        plan.teams.append(Team(group, device, numbers, buckets.rounds, asks and bool(buckets.rounds)))
+        plan.teams.append(Team(group, device, numbers, buckets.rounds, asks and bool(buckets.rounds), copies))
 
 
 def _divide(number: int, member: Member, blocks: tuple[Blocks, ...], bucket_bytes: int) -> list[Stack]:
@@ -237,12 +250,12 @@ def _locate(member: Member, options: Mapping[str, Any]) -> tuple[Blocks, ...]:
     try:
         blocks = tuple(locate(parameter, shape, divided=False) for shape in shapes)
     except ValueError as error:
-        raise ValueError(f"{name!r}: {error}; redistribute it first.") from None
+        raise ValueError(f"{name!r}: {error}.") from None
     if rank not in blocks[0].ranks:
         raise ValueError(
             f"{name!r} lies on ranks {blocks[0].ranks}, and this is rank {rank}: leave it out of the groups here."
         )
-    if process_group is not None and is_matrix and not is_sharded(parameter):
+    if process_group is not None and is_matrix and not is_sharded(parameter) and not options["ignored"](parameter):
         ranks = tuple(dist.get_process_group_ranks(process_group))
         blocks = tuple(replicate(shape, ranks) for shape in shapes)
     return blocks
@@ -256,32 +269,9 @@ def _own_replica(blocks: tuple[Blocks, ...]) -> tuple[Blocks, ...]:
     return tuple(each.restrict(ranks) for each in blocks)
 
 
-def _facts(member: Member, blocks: Blocks) -> tuple[str, bool]:
-    """Return a line that every rank must agree on, what is planned from, and whether the shard is well placed."""
-    parameter, group, name = member
-    words = f"{name!r}: {group['algorithm']} {describe(parameter)}"
-    if group["algorithm"] == "normuon":
-        words += f" {group['layout']!r} {ns_dtype(member)} {group['momentum_dtype']} {_batch_options(group)}"
-    box = blocks.boxes[blocks.ranks.index(my_rank())]
-    expected = tuple(map(length, box))
-    with torch.no_grad():
-        found = tuple(local(parameter).shape)
-    if found != expected:
-        words += f", but a local shard {found} where its placements mean {expected}"
-    return words, found == expected
-
-
-def _check_momentum(member: Member, blocks: Blocks) -> None:
-    """Raise ``ValueError`` when a shard would hold a part of a block of int8 momentum; on every rank alike."""
-    parameter, group, name = member
-    if group["algorithm"] == "normuon" and momentum_dtype(group, parameter.dtype) == torch.int8:
-        try:
-            check_blocks(blocks.boxes, parameter.shape, parse_layout(group["layout"]))
-        except ValueError as error:
-            raise ValueError(
-                f"{name!r} is {describe(parameter)}: {error}. Give its group momentum_dtype='bfloat16', or shard it by"
-                " rows."
-            ) from None
+def _facts(members: Sequence[Member], blocks: Sequence[Blocks]) -> Facts:
+    dtypes = [ns_dtype(member) if member.group["algorithm"] == "normuon" else None for member in members]
+    return compared_facts([(*row, dtype, where) for row, dtype, where in zip(members, dtypes, blocks, strict=True)])
 
 
 def _batch_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -290,12 +280,15 @@ def _batch_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _group(
-    groups: dict[tuple[int, ...], dist.ProcessGroup | None],
+    groups: Groups,
     ranks: tuple[int, ...],
-    process_group: dist.ProcessGroup | None,
+    device: torch.device,
+    parameters: Sequence[Tensor],
+    options: Mapping[str, Any],
 ) -> dist.ProcessGroup | None:
-    """Return the process group of ``ranks``: one of ``groups``, the user's where it has these ranks, or a new one."""
-    if ranks not in groups:
-        is_given = process_group is not None and ranks == tuple(dist.get_process_group_ranks(process_group))
-        groups[ranks] = process_group if is_given and len(ranks) > 1 else create_group(ranks)
-    return groups[ranks]
+    """Return the process group of ``ranks``: one of ``groups``, the user's, a mesh's, or else a new one."""
+    key = (ranks, device.type)
+    if key not in groups:
+        of_meshes = {group for each in parameters for group in mesh_groups(each)}
+        groups[key] = create_group(ranks, options["process_group"], of_meshes)
+    return groups[key]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -73,6 +74,34 @@ def matrix_scale(rms_before: Tensor, rms_after: Tensor, cols: int, *, adjust_lr_
     else:
         raise ValueError(f"adjust_lr_fn={adjust_lr_fn!r} is not known; use one of {ADJUST_LR_FNS}.")
     return finite_quotient(size, norm)
+
+
+def spread(values: Iterable[tuple[int, float | Tensor]], like: Tensor) -> Tensor:
+    """Return every value so many times, shape ``(times,)``, in the dtype and on the device of ``like``.
+
+    A number is written there by the device itself: nothing is copied, and no default dtype or device counts.
+    """
+    parts = [
+        value.to(like.device, like.dtype).view(1).expand(count)
+        if isinstance(value, Tensor)
+        else like.new_full((count,), value)
+        for count, value in values
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def as_scalar(rate: float | Tensor, device: torch.device) -> float | Tensor:
+    """Return a learning rate as it may multiply a tensor of any shape on ``device``; a number as it is.
+
+    A scalar on the CPU is read as a number there and may stay. To the CPU it is not copied asynchronously, since it
+    would be read before it has arrived.
+    """
+    if not isinstance(rate, Tensor):
+        return rate
+    scalar = rate.reshape(())
+    if scalar.device.type == "cpu":
+        return scalar
+    return scalar.to(device, non_blocking=device.type != "cpu")
 
 
 def largest_rms(lr: float | Tensor, rows: int, cols: int) -> float | Tensor:

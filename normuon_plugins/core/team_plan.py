@@ -58,6 +58,7 @@ def plan_buckets(
     bucket_bytes: int,
     *,
     note_bytes: int,
+    back_note_bytes: int = 0,
 ) -> Buckets:
     """Divide ``stacks`` among ``ranks`` and return the buckets of the rank at ``place``.
 
@@ -67,13 +68,14 @@ def plan_buckets(
         place: This rank's place among them.
         group: Their process group; None for one rank, or to plan without processes.
         bucket_bytes: Bound of a bucket.
-        note_bytes: Size of the note that travels with the first round.
+        note_bytes: Size of the note that travels with the first round to the owners.
+        back_note_bytes: Size of the one that comes back with it.
     """
     owners = choose_owners(stacks, ranks)
     here = [number for number, stack in enumerate(stacks) if owners[number] == place and is_local(stack, place)]
     on_cpu = any(stacks[number].device.type == "cpu" for number in here)
     local = [
-        _bucket(stacks, owners, batch, place, None, bucket_bytes, parts=1, note_bytes=0)
+        _bucket(stacks, owners, batch, place, None, bucket_bytes, parts=1)
         for batch in plan_batches(stacks, here, min(bucket_bytes, CPU_BATCH_BYTES) if on_cpu else bucket_bytes)
     ]
     rounds = [
@@ -86,6 +88,7 @@ def plan_buckets(
             bucket_bytes,
             parts=chosen.parts,
             note_bytes=0 if rounds_before else note_bytes,
+            back_note_bytes=0 if rounds_before else back_note_bytes,
         )
         for rounds_before, chosen in enumerate(plan_rounds(stacks, owners, ranks, bucket_bytes))
     ]
@@ -101,13 +104,14 @@ def _bucket(
     bucket_bytes: int,
     *,
     parts: int,
-    note_bytes: int,
+    note_bytes: int = 0,
+    back_note_bytes: int = 0,
 ) -> Bucket:
     """Return the bucket of the stacks called ``numbers``."""
     chosen = [stacks[number] for number in numbers]
     items = [item_of(stack, owners[number]) for number, stack in zip(numbers, chosen, strict=True)]
     own = [index for index, item in enumerate(items) if item.owner == place]
-    exchange = Exchange(items, place, group, parts=parts, note_bytes=note_bytes)
+    exchange = Exchange(items, place, group, parts=parts, note_bytes=note_bytes, back_note_bytes=back_note_bytes)
     held = [pieces(stack.blocks[0].boxes[place], stack.boxes[0]) for stack in chosen]
     return Bucket(chosen, exchange, plan_batches(chosen, own, bucket_bytes), chosen[0].device, held)
 

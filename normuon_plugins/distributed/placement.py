@@ -6,6 +6,7 @@ parallel); nothing public stands for it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -14,6 +15,7 @@ from itertools import product
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -43,6 +45,12 @@ class Blocks:
     def is_replicated(self) -> bool:
         """Whether every rank holds the whole tensor."""
         return self.replica_count == len(self.ranks)
+
+    @cached_property
+    def twins(self) -> tuple[int, ...]:
+        """For every place, the first one that holds the same block."""
+        first: dict[Box, int] = {}
+        return tuple(first.setdefault(box, place) for place, box in enumerate(self.boxes))
 
     def restrict(self, ranks: tuple[int, ...]) -> Blocks:
         """Return the same blocks as seen by some of the ranks."""
@@ -76,12 +84,23 @@ def compute_device(tensor: Tensor) -> torch.device:
     return tensor.device
 
 
-def describe(tensor: Tensor) -> str:
-    """Return shape, dtype, placements and mesh in words that are equal on every rank where these are."""
+def describe(tensor: Tensor, meshes: dict[DeviceMesh, str] | None = None) -> str:
+    """Return shape, dtype, placements and mesh in words that are equal on every rank where these are.
+
+    Args:
+        tensor: Any.
+        meshes: In words, in order of appearance; a mesh that is missing is added, and the tensor's named by its number
+            there. For many tensors: the ranks of a large mesh fill a page. None spells them out.
+    """
     words = f"{tuple(tensor.shape)} {tensor.dtype}"
-    if isinstance(tensor, DTensor):
-        words += f" {list(tensor.placements)} on mesh {tensor.device_mesh.mesh.tolist()}"
-    return words
+    if not isinstance(tensor, DTensor):
+        return words
+    mesh = tensor.device_mesh
+    if meshes is None:
+        return f"{words} {list(tensor.placements)} on mesh {mesh.mesh.tolist()}"
+    if mesh not in meshes:
+        meshes[mesh] = f"mesh {len(meshes)}: {mesh.device_type} {mesh.mesh.tolist()}"
+    return f"{words} {list(tensor.placements)} on mesh {list(meshes).index(mesh)}"
 
 
 def whereabouts(tensor: Tensor) -> tuple[object, ...]:
@@ -100,18 +119,16 @@ def locate(tensor: Tensor, shape: Sequence[int] | None = None, *, divided: bool 
         divided: See ``companion_placements``.
 
     Raises:
-        ValueError: If a placement is neither a shard nor a replica.
+        ValueError: If a placement is neither a shard nor a replica, or the ranks of the mesh do not ascend along a
+            dimension that has shards.
     """
     shape = tuple(tensor.shape) if shape is None else tuple(shape)
     if not isinstance(tensor, DTensor):
         return replicate(shape, (my_rank(),))
-    mesh = tensor.device_mesh
-    return locate_on_mesh(
-        shape,
-        companion_placements(tensor.placements, tensor.shape, shape, divided=divided),
-        tuple(mesh.shape),
-        tuple(mesh.mesh.flatten().tolist()),
-    )
+    mesh_shape, ranks = tuple(tensor.device_mesh.shape), tuple(tensor.device_mesh.mesh.flatten().tolist())
+    _check_order(tensor.placements, mesh_shape, ranks)
+    placements = companion_placements(tensor.placements, tensor.shape, shape, divided=divided)
+    return locate_on_mesh(shape, placements, mesh_shape, ranks)
 
 
 @lru_cache(maxsize=1024)
@@ -152,10 +169,27 @@ def locate_on_mesh(
             elif isinstance(placement, Shard):
                 box[placement.dim] = chunk(box[placement.dim], parts, index)
             else:
-                raise ValueError(f"placement {placement!r} is neither a shard nor a replica")
+                raise ValueError(f"placement {placement!r} is neither a shard nor a replica; redistribute it first")
         found.append((rank, tuple(box), replica))
     ordered_ranks, boxes, replicas = zip(*sorted(found), strict=True)
     return Blocks(ordered_ranks, boxes, replicas)
+
+
+@lru_cache(maxsize=1024)
+def _check_order(placements: tuple[Placement, ...], mesh_shape: tuple[int, ...], ranks: tuple[int, ...]) -> None:
+    """Raise ``ValueError`` where torch contradicts itself about who holds which shard.
+
+    Its offsets go by the place in the mesh, its collectives by the rank in the group, which are ascending there.
+    """
+    for dim, placement in enumerate(placements):
+        step = math.prod(mesh_shape[dim + 1 :])
+        for place in range(len(ranks) - step):
+            is_last = place // step % mesh_shape[dim] == mesh_shape[dim] - 1
+            if not (is_last or isinstance(placement, Replicate) or ranks[place] < ranks[place + step]):
+                raise ValueError(
+                    f"its mesh has rank {ranks[place]} before rank {ranks[place + step]} along dimension {dim}, and"
+                    " torch's collectives take the shards in ascending order; build the mesh in that order"
+                )
 
 
 def zeros(parameter: Tensor, shape: Sequence[int], dtype: torch.dtype, *, divided: bool = True) -> Tensor:
@@ -171,36 +205,21 @@ def zeros(parameter: Tensor, shape: Sequence[int], dtype: torch.dtype, *, divide
         return torch.zeros(tuple(shape), dtype=dtype, device=parameter.device)
     blocks = locate(parameter, shape, divided=divided)
     box = blocks.boxes[blocks.ranks.index(my_rank())]
-    return DTensor.from_local(
-        torch.zeros([length(intervals) for intervals in box], dtype=dtype, device=local(parameter).device),
+    placed = DTensor.from_local(
+        torch.empty([length(intervals) for intervals in box], dtype=dtype, device="meta"),
         parameter.device_mesh,
         companion_placements(parameter.placements, parameter.shape, shape, divided=divided),
         run_check=False,
         shape=torch.Size(shape),
         stride=torch.empty(tuple(shape), device="meta").stride(),
     )
+    # Not the zeros themselves: from_local moves what it gets to the mesh's device, and parameters may be offloaded.
+    return torch.zeros_like(placed, device=local(parameter).device)
 
 
-def gradient_block(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """Return this rank's block of a gradient, placed like the parameter.
-
-    A gradient may come out of autograd with other placements than its parameter (a sum still to be taken); making them
-    equal is a collective.
-    """
-    if isinstance(parameter, DTensor) and isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
-        gradient = gradient.redistribute(parameter.device_mesh, parameter.placements)
-    return local(gradient)
-
-
-def sharding_groups(tensor: Tensor) -> tuple[dist.ProcessGroup, ...]:
-    """Return the groups of ranks that hold different shards of a tensor: one per mesh dimension that shards it."""
-    if not isinstance(tensor, DTensor):
-        return ()
-    return tuple(
-        tensor.device_mesh.get_group(dim)
-        for dim, placement in enumerate(tensor.placements)
-        if not isinstance(placement, Replicate)
-    )
+def mesh_groups(tensor: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    """Return the process groups that the tensor's mesh has already, one per dimension; none for a plain tensor."""
+    return tuple(tensor.device_mesh.get_all_groups()) if isinstance(tensor, DTensor) else ()
 
 
 def companion_placements(

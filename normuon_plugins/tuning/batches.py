@@ -36,8 +36,9 @@ class Batches:
         """Return the training batches in their own order (0), or in another one for every other number."""
         if order == 0:
             return self.training
-        generator = torch.Generator().manual_seed(seed + order)
-        return [self.training[place] for place in torch.randperm(len(self.training), generator=generator).tolist()]
+        generator = torch.Generator("cpu").manual_seed(seed + order)
+        places = torch.randperm(len(self.training), generator=generator, device="cpu")
+        return [self.training[place] for place in places.tolist()]
 
 
 def collect(batches: Iterable[Any], validation: Iterable[Any] | None, steps: int | None) -> Batches:

@@ -65,8 +65,9 @@ def token_batches(
     for file in files:
         with file.open(encoding="utf-8", errors="replace") as text:
             stream += tokenizer(text.read(share), add_special_tokens=False, verbose=False)["input_ids"] + end
-    blocks = torch.tensor(stream[: len(stream) // sequence_length * sequence_length]).view(-1, sequence_length)
-    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
+    whole = stream[: len(stream) // sequence_length * sequence_length]
+    blocks = torch.tensor(whole, dtype=torch.int64, device="cpu").view(-1, sequence_length)
+    order = torch.randperm(len(blocks), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     batches = blocks[order][: len(blocks) // batch_size * batch_size].view(-1, batch_size, sequence_length)[:count]
     if len(batches) < 2:
         raise ValueError(

@@ -75,6 +75,29 @@ def test_a_neuron_without_an_update_has_no_rate(normalize):
     assert 0 < found["normuon/neuron_lr_mean"] < found["normuon/neuron_lr_max"] < 0.1
 
 
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_rates_of_groups_that_share_a_batch_are_those_of_each_group(kind):
+    """A batch was counted with the rate of its first matrix."""
+    gradients = torch.randn(3, 6, 10, generator=torch.Generator().manual_seed(0))
+    groups, alone = [], []
+    for gradient, lr in zip(gradients, (1e-2, 1e-4, 0.0), strict=True):
+        for optimizers in (groups, alone):
+            weight = nn.Parameter(torch.zeros(6, 10))
+            weight.grad = gradient.clone()
+            optimizers.append({"params": [weight], "lr": kind(lr)})
+    found = stepped_groups(groups)
+    numbers = [stepped_groups([group]) for group in alone]
+    for name, join in (("min", min), ("max", max), ("mean", lambda values: sum(values) / 3)):
+        key = f"normuon/neuron_lr_{name}"
+        assert found[key] == pytest.approx(join([each[key] for each in numbers]), rel=1e-5)
+
+
+def stepped_groups(groups):
+    optimizer = NorMuon(groups, ns_dtype="float32", adjust_lr_fn="match_rms_adamw")
+    optimizer.step()
+    return optimizer.metrics(synchronize=True)
+
+
 def test_the_neuron_step_makes_neurons_equal():
     found = stepped(nn.Parameter(torch.zeros(6, 10))).metrics()
     assert found["normuon/neuron_spread_before"] > 0.05

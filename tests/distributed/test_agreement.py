@@ -95,7 +95,8 @@ def disagree():
     found = {}
     model = two_layers()
     before = [cases.gathered(parameter) for parameter in model.parameters()]
-    model[0].weight.requires_grad_(rank != 1)
+    if rank == 1:  # frozen and without a gradient: one that has a gradient is stepped, as in torch
+        model[0].weight.requires_grad_(False).grad = None
     found["frozen"] = outcome(NorMuon(model.named_parameters()).step)
     model = two_layers()
     found["bucket_bytes"] = outcome(NorMuon(model.named_parameters(), bucket_bytes=100 + rank).step)
