@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.nn.parameter import is_lazy
 
 from normuon_plugins.core.layout import parse_layout
 from normuon_plugins.core.momentum import MOMENTUM_DTYPES
@@ -18,7 +19,8 @@ from normuon_plugins.core.quantized import is_quantized
 from normuon_plugins.core.step_size import ADJUST_LR_FNS
 
 DEFAULT_LAYOUT = "o i"
-TRAINABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+COMPLEX_DTYPES = (torch.complex64, torch.complex128)  # on AdamW only
+TRAINABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, *COMPLEX_DTYPES)
 # float16 is missing on purpose: its range ends at 65504 and 6e-8, and momentum has no loss scale.
 NS_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -176,8 +178,14 @@ def complete_group(group: Mapping[str, Any], options: Mapping[str, Any]) -> dict
 
 
 def _primitive(value: Any) -> Any:
-    """Return numpy's numbers as Python's, lists as tuples, dtypes as names; strings, tensors and None as they are."""
-    if isinstance(value, (bool, str, Tensor)) or value is None:
+    """Return numpy's numbers as Python's, lists as tuples, dtypes as names; strings and None as they are.
+
+    A tensor is copied. A learning rate that is one tensor in all groups would be scaled once per group by whoever
+    scales them one after the other.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, (bool, str)) or value is None:
         return value
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
@@ -200,12 +208,12 @@ def check_parameter(parameter: Tensor, group: Mapping[str, Any], name: str) -> N
         name: Its FQN, or its place in the group.
 
     Raises:
-        TypeError: If the parameter is complex, quantized or not floating point.
-        ValueError: If its shape does not fit the layout, or its gradient is sparse.
+        TypeError: If the parameter is quantized or not floating point, or complex and not on AdamW.
+        ValueError: If its shape does not fit the layout or is not known yet, or its gradient is sparse.
     """
     if parameter.dtype not in TRAINABLE_DTYPES:
         raise TypeError(
-            f"NorMuon trains real floating-point parameters; {name!r} is {parameter.dtype}. Leave it out of the groups."
+            f"NorMuon trains floating-point parameters; {name!r} is {parameter.dtype}. Leave it out of the groups."
         )
     if is_quantized(parameter):
         raise TypeError(
@@ -216,6 +224,13 @@ def check_parameter(parameter: Tensor, group: Mapping[str, Any], name: str) -> N
         raise ValueError(f"{name!r} has a sparse gradient; build its embedding with sparse=False.")
     if group["algorithm"] == "adamw":
         return
+    if parameter.dtype in COMPLEX_DTYPES:
+        raise TypeError(
+            f"The matrices of NorMuon are real; {name!r} is {parameter.dtype}. Put it in a group of algorithm='adamw',"
+            " which steps real and imaginary parts (plan_parameters does)."
+        )
+    if is_lazy(parameter):
+        raise ValueError(f"{name!r} of a lazy layer has no shape yet; run one batch through the model first.")
     try:
         parse_layout(group["layout"]).check(parameter.shape)
     except ValueError as error:

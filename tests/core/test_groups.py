@@ -64,11 +64,6 @@ def test_flat_shards_of_fsdp1_are_told_to_use_fsdp2():
         NorMuon([flat])
 
 
-def test_complex_parameters_are_refused_by_name():
-    with pytest.raises(TypeError, match=r"'spectrum' is torch.complex64"):
-        NorMuon([("spectrum", nn.Parameter(torch.ones(2, 2, dtype=torch.complex64)))])
-
-
 def test_a_refused_group_leaves_the_optimizer_as_it_was():
     optimizer = NorMuon([nn.Parameter(torch.ones(2, 2))])
     with pytest.raises(ValueError, match="needs matrices"):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -14,6 +15,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from normuon_plugins.diagnostics import read_checkpoint
+from normuon_plugins.diagnostics.dcp_folder import read_folder
 from tests.distributed import cases
 from tests.ranks import run_ranks
 
@@ -119,6 +122,28 @@ def test_a_checkpoint_of_two_ranks_loads_anywhere_and_goes_on(checkpoint, world_
             assert exact, key
             assert difference < (1e-6 if "float32" in key else 2**-8), (key, difference)
             assert seconds == {torch.float32}, key
+
+
+@pytest.mark.parametrize("name", ["plain", "flattened", "offloaded"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_diagnostics_read_the_folder_of_two_ranks_as_torch_does(checkpoint, name, dtype, tmp_path):
+    folder = checkpoint / f"{name}-{dtype}"
+    dcp_to_torch_save(folder, tmp_path / "whole.pt")
+    expected = flat(torch.load(tmp_path / "whole.pt", weights_only=True)["optimizer"])
+    found = flat(read_folder(folder, lambda part: torch.load(part, weights_only=True))["optimizer"])
+    assert found.keys() == expected.keys()
+    assert sum(isinstance(value, torch.Tensor) for value in found.values()) > 10
+    for key, value in expected.items():
+        assert torch.equal(found[key], value) if isinstance(value, torch.Tensor) else found[key] == value
+    assert len(read_checkpoint(folder).matrices) > 3
+
+
+def flat(value, path=()):
+    """Return path -> entry of dicts and lists in each other."""
+    if isinstance(value, (dict, list)) and value:
+        entries = value.items() if isinstance(value, dict) else enumerate(value)
+        return {name: entry for key, inner in entries for name, entry in flat(inner, (*path, key)).items()}
+    return {path: value}
 
 
 def load_under_another_plan(folder):
