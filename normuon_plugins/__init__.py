@@ -1,6 +1,6 @@
 """NorMuon for PyTorch Lightning, Accelerate and the Hugging Face Trainer."""
 
-from normuon_plugins.core.build import build_normuon
+from normuon_plugins.core.build import add_parameters, build_normuon
 from normuon_plugins.core.exchange_report import ExchangeReport, plan_exchange
 from normuon_plugins.core.optimizer import NorMuon
 from normuon_plugins.core.parameter_plan import ParameterPlan, plan_parameters
@@ -10,6 +10,7 @@ __all__ = [
     "ExchangeReport",
     "NorMuon",
     "ParameterPlan",
+    "add_parameters",
     "build_normuon",
     "clip_grad_norm_",
     "plan_exchange",

@@ -21,19 +21,23 @@ REGEX_USERS = {
     "model_facts.py",
     "cli.py",
 }  # re.compile, not torch.compile
-COMPILERS = {"matrix_step.py"}  # where the user asks for it
+COMPILERS = {"directions.py"}  # where the user asks for it
 PURE = ("newton_schulz", "orthogonalize", "step_size", "update_rules", "layout", "momentum", "compensation")
 # The mathematics and the movement of tensors know nothing of each other; these bring them together.
 MEETING_POINTS = {
     "gradient_squares.py",
     "stacks.py",
     "team_plan.py",
+    "compared_facts.py",
     "step_plan.py",
     "matrix_step.py",
     "step.py",
     "optimizer_state.py",
     "exchange_report.py",
     "metrics.py",
+    "shared_work.py",
+    "loading.py",
+    "parameter_plan.py",
 }
 
 

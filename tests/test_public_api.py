@@ -20,6 +20,7 @@ def test_top_level_names():
         "ExchangeReport",
         "NorMuon",
         "ParameterPlan",
+        "add_parameters",
         "build_normuon",
         "clip_grad_norm_",
         "plan_exchange",
@@ -60,7 +61,8 @@ def test_defaults_of_the_paper():
 
 
 def test_signatures_of_the_doors():
-    assert names(plan_parameters) == ["model", "overrides", "lora", "split_fused", "per_head", "strict"]
+    options = ["overrides", "lora", "split_fused", "per_head", "strict", "include_frozen", "allow_no_matrix"]
+    assert names(plan_parameters) == ["model", *options]
     assert names(build_normuon) == ["model", "options"]
     assert names(configure_normuon) == ["module", "scheduler", "warmup", "options"]
     assert names(prepare_normuon) == ["accelerator", "model", "others", "options"]

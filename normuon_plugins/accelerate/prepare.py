@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from normuon_plugins.core.build import build_normuon
+from normuon_plugins.core.wrappers import follow_averaging
 
 # Where Accelerate makes flat shards or takes the step over, unless it is FSDP2, which makes DTensors.
 FOREIGN_SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
@@ -62,6 +63,7 @@ def prepare_normuon(accelerator: Accelerator, model: nn.Module, *others: Any, **
         options.setdefault("process_group", dist.group.WORLD)
     optimizer = build_normuon(model, **options)
     prepared: tuple[Any, ...] = accelerator.prepare(model, optimizer, *others)
+    follow_averaging(optimizer, prepared[0])
     if accelerator.is_fsdp2:
         _take_parameters_by_name(optimizer, prepared[0])
     return prepared
@@ -115,9 +117,12 @@ def _check_sharding(accelerator: Accelerator) -> None:
 
 
 def _check_model(accelerator: Accelerator, model: nn.Module) -> None:
-    """Refuse a model that ``prepare`` has had, in whatever it was wrapped since, and one that DDP wraps already."""
+    """Refuse a model that this accelerator has, in whatever it was wrapped since, and one that DDP wraps already.
+
+    One that it had before ``free_memory()``, or that another one prepared, is prepared again, as Accelerate does.
+    """
     mine = {id(p) for known in accelerator._models for p in known.parameters() if p.requires_grad}
-    if getattr(model, "_is_accelerate_prepared", False) or any(id(p) in mine for p in model.parameters()):
+    if any(id(p) in mine for p in model.parameters()):
         raise ValueError(
             "the model is already prepared; give prepare_normuon the model itself, before prepare(), and once: in place"
             " of accelerator.prepare(model, loader), call prepare_normuon(accelerator, model, loader, lr=...)."

@@ -19,7 +19,8 @@ from normuon_plugins.core.group_options import (
     complete_group,
     parameter_name,
 )
-from normuon_plugins.core.lost_parameters import warn_of_nothing_to_learn
+from normuon_plugins.core.loading import check_loadable, place_state
+from normuon_plugins.core.matching import match_groups
 from normuon_plugins.core.metrics import (
     NeuronRecord,
     first_rates,
@@ -27,9 +28,14 @@ from normuon_plugins.core.metrics import (
     share,
     synchronized_neuron_metrics,
 )
-from normuon_plugins.core.optimizer_state import check_loadable, check_state, place_state, prepare_state
-from normuon_plugins.core.step import find_nonfinite, local_gradients, take_step
+from normuon_plugins.core.optimizer_state import check_state, prepare_state
+from normuon_plugins.core.planned_model import PlannedModel, Thawed, warn_of_nothing_to_learn
+from normuon_plugins.core.shared_work import STEPS_BETWEEN, SharedWork
+from normuon_plugins.core.step import find_nonfinite, local_gradients, others_in_words, take_step
 from normuon_plugins.core.step_plan import Member, StepPlan, plan_step, sign
+
+# How many plans are kept: those of layers that are trained in turns, or of steps inside and outside of ``no_sync``.
+KEPT_PLANS = 4
 
 
 class NorMuon(Optimizer):
@@ -118,7 +124,10 @@ class NorMuon(Optimizer):
 
     # Without values: Fabric's wrapper inherits from this class and shows whatever the class itself has.
     skipped_steps: int
-    _plan: StepPlan | None
+    _plans: list[StepPlan]
+    _steps: int
+    _planned_model: PlannedModel | None
+    _shared_work: SharedWork
     _rates: dict[str, float | Tensor]
     _records: Sequence[NeuronRecord]
 
@@ -164,7 +173,10 @@ class NorMuon(Optimizer):
     def _begin(self) -> None:
         """Know nothing of a step, unless a step was taken."""
         self.__dict__.setdefault("skipped_steps", 0)
-        self.__dict__.setdefault("_plan", None)
+        self.__dict__.setdefault("_plans", [])  # the latest first
+        self.__dict__.setdefault("_steps", 0)
+        self.__dict__.setdefault("_planned_model", None)
+        self.__dict__.setdefault("_shared_work", SharedWork())
         self.__dict__.setdefault("_rates", {})
         self.__dict__.setdefault("_records", ())
 
@@ -181,12 +193,29 @@ class NorMuon(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, as in torch; missing keys take the values given to ``__init__``.
 
+        Where the optimizer was built for a model, a group that says neither ``algorithm`` nor ``layout`` is divided by
+        the plan of that model (``planned_groups``): layers that are thawed come with biases and norms.
+
         Raises:
             ValueError: If a value or a parameter is refused; the optimizer is then as it was.
             TypeError: If a parameter is complex or not floating point.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}.")
+        known = len(self.param_groups)
+        try:
+            for group in self._divide(param_group):
+                self._add_one_group(group)
+        except (TypeError, ValueError):
+            del self.param_groups[known:]
+            raise
+
+    def _divide(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
+        if self._planned_model is None:
+            return [param_group]
+        return self._planned_model.divide(param_group, [str(group.get("name")) for group in self.param_groups])
+
+    def _add_one_group(self, param_group: dict[str, Any]) -> None:
         group = complete_group(param_group, self.defaults)
         # Options of the optimizer that nobody would read in a group. The other algorithm's keys are let through, since
         # torch's OneCycleLR writes momentum into every group.
@@ -200,12 +229,8 @@ class NorMuon(Optimizer):
         super().add_param_group(group)
         for key in group.keys() - own_keys:
             del group[key]  # torch adds every default; a group holds the keys of its own algorithm
-        try:
-            for index, parameter in enumerate(group["params"]):
-                check_parameter(parameter, group, parameter_name(group, index))
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
+        for index, parameter in enumerate(group["params"]):
+            check_parameter(parameter, group, parameter_name(group, index))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned, every tensor in the dtype in which it is stored (see ``state_specs``).
@@ -215,18 +240,21 @@ class NorMuon(Optimizer):
                 optimizer is then as it was.
         """
         loaded: list[dict[str, Any]] = []
+        before = dict(self.state)
+        self._adopt(self._thawed_in(state_dict))
 
         def check_and_complete(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            check_loadable(self.param_groups, saved)
-            # torch puts the saved groups in place of ours: without their names, which may have another prefix, and with
-            # every key of today, which a checkpoint of an older version may lack.
-            groups = [{key: group[key] for key in group if key != "param_names"} for group in saved["param_groups"]]
+            # torch puts the saved groups in place of ours: with every key of today, which a checkpoint of an older
+            # version may lack.
+            groups = match_groups(self.param_groups, saved)
+            check_loadable(self.param_groups, groups, saved["state"])
             groups = [complete_group(group, self.defaults) for group in groups]
             loaded.append({**saved, "param_groups": groups})
             return {**saved, "param_groups": groups, "state": {}}
 
         def place(_: Optimizer) -> None:
-            place_state(self.state, self.param_groups, loaded[0], kahan_sum=self.defaults["kahan_sum"])
+            saved, kahan_sum = loaded[0], self.defaults["kahan_sum"]
+            place_state(before, self.state, self.param_groups, saved, kahan_sum=kahan_sum)
 
         # After the user's own hooks have made something of the checkpoint, and before they look at the result.
         hooks = (
@@ -239,18 +267,31 @@ class NorMuon(Optimizer):
             for hook in hooks:
                 hook.remove()
 
+    def _thawed_in(self, state_dict: Mapping[str, Any]) -> list[Thawed]:
+        """Return the frozen parameters of the model that a checkpoint has trained already."""
+        if self._planned_model is None:
+            return []
+        return self._planned_model.take(
+            name
+            for group in state_dict["param_groups"]
+            for name, number in zip(group.get("param_names", ()), group["params"], strict=False)
+            if state_dict["state"].get(number)
+        )
+
     @overload
     def step(self, closure: None = None) -> None: ...
 
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch's own zero_grad: a plan, messages and checks are nothing to trace
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step.
+        """Take one step of every parameter that has a gradient, as torch does, also where it was frozen since.
 
         Nothing is written before all parameters and gradients of all groups were checked. State exists for every
-        trainable parameter afterwards; one whose gradient is None is otherwise left alone.
+        trainable parameter afterwards; one whose gradient is None is otherwise left alone. Under ``torch.compile`` the
+        step runs as it is.
 
         Args:
             closure: Reevaluates the model and returns the loss; called once, first.
@@ -262,20 +303,28 @@ class NorMuon(Optimizer):
             ValueError: If a group was edited into something that cannot be, a parameter does not fit its group, or a
                 gradient is sparse; names it.
             FloatingPointError: Under ``nonfinite="raise"``; names the parameters.
+            RuntimeError: If ranks that share the work hold different gradients or momenta, asked every tenth step; or
+                at the first step, if the model that the optimizer was built for has lost its parameters.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        members = self._check_trainable()
+        if self._planned_model is not None:
+            self._adopt(self._planned_model.check(self.param_groups, is_first_step=not self._steps))
+        members = self._check_members()
         plan = self._plan_step(members)
-        gradients = local_gradients(members)
-        if not gradients and not self.state:
+        gradients = local_gradients(plan, members)
+        if self._steps % STEPS_BETWEEN == 0:
+            self._shared_work.check(plan, members, gradients, self.state)
+        was_said = self._planned_model is not None and self._planned_model.has_warned
+        if not gradients and not self.state and not was_said:
             warn_of_nothing_to_learn(self.param_groups)
         skipped = self._find_nonfinite(plan, members, gradients)
         prepare_state(members, self.state, kahan_sum=self.defaults["kahan_sum"])
         self._records = take_step(plan, members, gradients, self.state, skipped, self.defaults)
         self._rates = first_rates(self.param_groups)
+        self._steps += 1
         return loss
 
     def rates(self) -> dict[str, float | Tensor]:
@@ -318,25 +367,37 @@ class NorMuon(Optimizer):
         floats = {name: float(value) for name, value in known.items()}
         return {**floats, **synchronized_neuron_metrics(self._records, parameter)}
 
-    def _check_trainable(self) -> list[Member]:
-        """Return every parameter that requires a gradient; raise if any of them cannot be stepped."""
+    def _adopt(self, thawed: Sequence[Thawed]) -> None:
+        """Put parameters into the groups of their kind, which exist since the optimizer was built."""
+        groups = {group.get("name"): group for group in self.param_groups}
+        for name, parameter, group in thawed:
+            groups[group]["params"].append(parameter)
+            groups[group].setdefault("param_names", []).append(name)
+
+    def _check_members(self) -> list[Member]:
+        """Return every parameter that requires or has a gradient; raise if any of them cannot be stepped."""
         members = []
         for group in self.param_groups:
             check_group(group)
             for index, parameter in enumerate(group["params"]):
-                if parameter.requires_grad:
+                if parameter.requires_grad or parameter.grad is not None:
                     member = Member(parameter, group, parameter_name(group, index))
                     check_parameter(*member)
-                    if parameter in self.state:
-                        check_state(*member, self.state[parameter])
+                    # torch's state is a defaultdict: whoever looked at it left an empty one.
+                    if state := self.state.get(parameter):
+                        check_state(*member, state)
                     members.append(member)
         return members
 
     def _plan_step(self, members: Sequence[Member]) -> StepPlan:
-        """Return the plan of the last step if it still holds, else a new one."""
-        if self._plan is None or self._plan.signature != sign(members, self.defaults):
-            self._plan = plan_step(members, self.defaults, self._plan)
-        return self._plan
+        """Return the plan of an earlier step if one still holds, else a new one."""
+        options = self._shared_work.options(self.defaults)
+        signature = sign(members, options)
+        plan = next((plan for plan in self._plans if plan.signature == signature), None)
+        if plan is None:
+            plan = plan_step(members, options, self._plans[0] if self._plans else None)
+        self._plans = [plan, *(other for other in self._plans if other is not plan)][:KEPT_PLANS]
+        return plan
 
     def _find_nonfinite(self, plan: StepPlan, members: Sequence[Member], gradients: Mapping[int, Tensor]) -> set[int]:
         """Return the numbers of the parameters to leave out under ``nonfinite=``, the same on every rank."""
@@ -346,6 +407,8 @@ class NorMuon(Optimizer):
         bad, found = find_nonfinite(plan, len(members), gradients)
         if found and policy == "raise":
             names = [members[number].name for number in bad] or "a parameter of other ranks"
-            raise FloatingPointError(f"gradient with NaN or infinity in {names}; nothing was changed.")
+            raise FloatingPointError(
+                f"gradient with NaN or infinity in {names}; nothing was changed.{others_in_words(plan)}"
+            )
         self.skipped_steps += len(bad)
         return set(bad)

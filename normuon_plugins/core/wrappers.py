@@ -1,10 +1,11 @@
-"""The optimizer inside what a framework hands around."""
+"""The optimizer inside what a framework hands around, and the wrapper that averages its gradients."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from normuon_plugins.core.optimizer import NorMuon
+from normuon_plugins.core.shared_work import SharedWork
 
 
 def find_normuon(optimizer: Any) -> NorMuon | None:
@@ -15,3 +16,11 @@ def find_normuon(optimizer: Any) -> NorMuon | None:
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer if isinstance(optimizer, NorMuon) else None
+
+
+def follow_averaging(optimizer: NorMuon, wrapped: object) -> None:
+    """Let the optimizer ask the DistributedDataParallel in ``wrapped``, if any, whether gradients are averaged.
+
+    Where they are not in a step (``no_sync``, ``Join``, local SGD), every process then computes by itself.
+    """
+    optimizer._shared_work = SharedWork(wrapped)

@@ -22,8 +22,8 @@ class PlannedNorMuon(Optimizer):
     """
 
     # jsonargparse reads the code: it follows self.options through configure_normuon to NorMuon and finds every option
-    # with its type, its default and its help. The options of the plan it does not find, nor the default that
-    # build_normuon gives to adjust_lr_fn; they are listed.
+    # with its type, its default and its help. The options of the plan it does not find, nor the defaults that
+    # build_normuon gives to adjust_lr_fn and include_frozen; they are listed.
     def __init__(
         self,
         params: Iterable[Tensor],
@@ -33,6 +33,8 @@ class PlannedNorMuon(Optimizer):
         split_fused: bool = True,
         per_head: bool = False,
         strict: bool = False,
+        include_frozen: bool = True,
+        allow_no_matrix: bool = False,
         adjust_lr_fn: str = MATCH_PROGRESS,
         **options: Any,
     ) -> None:
@@ -42,6 +44,8 @@ class PlannedNorMuon(Optimizer):
             "split_fused": split_fused,
             "per_head": per_head,
             "strict": strict,
+            "include_frozen": include_frozen,
+            "allow_no_matrix": allow_no_matrix,
             "adjust_lr_fn": adjust_lr_fn,
         }
         self.options = options

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 
 from normuon_plugins.core.build import build_normuon, check_known
 from normuon_plugins.core.optimizer import NorMuon
+from normuon_plugins.core.wrappers import follow_averaging
 from normuon_plugins.lightning.schedule import build_schedule
 from normuon_plugins.lightning.strategies import complete_options
 
@@ -44,8 +45,11 @@ def configure_normuon(
     if scheduler is None and warmup:
         raise ValueError(f"warmup={warmup} needs a scheduler; scheduler='constant' keeps the rate after the warmup.")
     trainer = getattr(module, "_trainer", None)  # module.trainer raises where there is none yet
-    options = complete_options(options, None if trainer is None else trainer.strategy)
-    optimizer = build_normuon(module, **options)
+    strategy = None if trainer is None else trainer.strategy
+    wrapped = getattr(strategy, "model", None)  # strategies wrap the model before they ask for its optimizers
+    options = complete_options(options, strategy, wrapped)
+    optimizer = build_normuon(module, **options)  # written so, jsonargparse finds NorMuon's options
+    follow_averaging(optimizer, wrapped)
     if scheduler is None:
         return optimizer
     steps = module.trainer.estimated_stepping_batches

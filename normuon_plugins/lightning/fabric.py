@@ -8,7 +8,8 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from normuon_plugins.core.build import build_normuon
-from normuon_plugins.lightning.strategies import complete_options
+from normuon_plugins.core.wrappers import follow_averaging
+from normuon_plugins.lightning.strategies import complete_options, refuse_flat_shards
 
 
 def setup_normuon(fabric: Fabric, model: nn.Module, **options: Any) -> tuple[Any, Any]:
@@ -33,8 +34,10 @@ def setup_normuon(fabric: Fabric, model: nn.Module, **options: Any) -> tuple[Any
     Example:
         model, optimizer = setup_normuon(fabric, model, lr=3e-4, weight_decay=0.1)
     """
-    options = complete_options(options, fabric.strategy)
+    refuse_flat_shards(fabric.strategy)
     wrapped = fabric.setup_module(model)
+    options = complete_options(options, fabric.strategy, wrapped)
     # On the module inside: its names have no prefix of a wrapper, so overrides and checkpoints fit every strategy.
     optimizer = build_normuon(wrapped.module, **options)
+    follow_averaging(optimizer, wrapped)
     return wrapped, fabric.setup_optimizers(optimizer)

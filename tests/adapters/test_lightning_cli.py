@@ -140,6 +140,7 @@ def test_defaults_of_the_plan_are_those_of_plan_parameters():
         return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
 
     plan = {name: default for name, default in defaults(plan_parameters).items() if name != "model"}
+    plan["include_frozen"] = True  # as at every front door: a run may thaw what is frozen now
     assert {name: defaults(PlannedNorMuon)[name] for name in plan} == plan
 
 

@@ -32,7 +32,7 @@ def weights(model):
 
 def shares_work(optimizer):
     """Return whether the last step of NorMuon was divided among processes."""
-    return any(team.rounds for team in optimizer._plan.teams)
+    return any(team.rounds for team in optimizer._plans[0].teams)
 
 
 def cosine(step):
