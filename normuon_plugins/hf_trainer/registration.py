@@ -8,7 +8,7 @@ from transformers import trainer, trainer_optimizer
 from transformers.training_args import OptimizerNames
 
 from normuon_plugins.hf_trainer.arguments import normuon_options
-from normuon_plugins.hf_trainer.factory import NorMuonFactory
+from normuon_plugins.hf_trainer.factory import bind_model
 from normuon_plugins.hf_trainer.rates import AdamWLearningRate
 
 NAME = "normuon"
@@ -63,4 +63,4 @@ def _add_member() -> None:
 
 
 def _handler(context: trainer_optimizer.OptimizerContext) -> tuple[Any, dict[str, Any]]:
-    return NorMuonFactory, normuon_options(context.args)
+    return bind_model(context.model), normuon_options(context.args)

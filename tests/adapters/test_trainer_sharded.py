@@ -38,7 +38,8 @@ HSDP = "hsdp"
 
 
 def two_processes(folder):
-    facts = {}
+    rank = torch.distributed.get_rank()
+    facts = {"alone": runs.train_alone(folder / f"alone-{rank}", rank)}
     facts["ddp"], facts["ddp, resumed"] = resumed(
         runs.train, folder / "ddp", runs.float64(tiny_llama), callbacks=[NorMuonMetrics]
     )
@@ -177,6 +178,13 @@ def test_four_processes_equal_one(four, one, name):
 def test_resume_equals_the_uninterrupted_run(two, name):
     assert max_difference(two[f"{name}, resumed"].weights, two[name].weights) == 0
     assert runs.moved(two[name], (BY_ACCELERATE.get(name) or [runs.float64(tiny_llama)])[0](0))
+
+
+def test_processes_that_train_alone_share_nothing_although_there_is_a_group(ranks, tmp_path):
+    """Each has data of its own: sharing would give one of them the other's directions."""
+    for rank, facts in enumerate(ranks):
+        assert max_difference(facts["alone"], runs.train_alone(tmp_path, rank)) < 1e-12
+    assert max_difference(ranks[0]["alone"], ranks[1]["alone"]) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["ddp", *BY_ACCELERATE, *BY_TRANSFORMERS])

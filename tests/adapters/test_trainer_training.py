@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, get_scheduler
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from normuon_plugins import build_normuon
@@ -144,6 +144,35 @@ def test_schedules_move_both_rates_as_they_move_that_of_adamw_torch(tmp_path, na
     for (matrices, *others), (expected, _) in zip(rates(), theirs, strict=True):
         assert matrices == pytest.approx(expected)
         assert others == pytest.approx([expected * ratio] * 2)
+
+
+# schedule -> its options, where two rates of 1e-2 and 1e-3 end; docs/hf_trainer.md
+FLOORS = {
+    "cosine_with_min_lr": ({"min_lr": 5e-3}, [5e-3, 5e-4]),
+    "cosine_warmup_with_min_lr": ({"min_lr_rate": 0.5}, [5e-3, 5e-4]),
+    "warmup_stable_decay": ({"num_decay_steps": 2, "min_lr_ratio": 0.5}, [5e-3, 5e-4]),
+    "polynomial": ({"lr_end": 5e-3}, [5e-3, 5e-4]),
+    "reduce_lr_on_plateau": ({"patience": 0, "factor": 0.1, "min_lr": 5e-4}, [5e-4, 5e-4]),
+}
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_a_floor_is_that_of_the_first_rate_as_with_two_groups_of_adamw(name):
+    options, expected = FLOORS[name]
+    model = tiny_llama()
+    ours = build_normuon(model, lr=1e-2, adamw_lr=1e-3)
+    groups = [{"params": [model.lm_head.weight]}, {"params": [model.model.norm.weight], "lr": 1e-3}]
+    theirs = torch.optim.AdamW(groups, lr=1e-2)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for optimizer in (ours, theirs):
+        schedule = get_scheduler(name, optimizer, 0, 8, scheduler_specific_kwargs=options)
+        rates = []
+        for _ in range(8):
+            optimizer.step()
+            schedule.step(*([1.0] if name == "reduce_lr_on_plateau" else []))
+            rates.append([group["lr"] for group in optimizer.param_groups[:2]])
+        assert [min(found) for found in zip(*rates, strict=True)] == pytest.approx(expected)
 
 
 def test_reduce_on_plateau_lowers_both_rates(tmp_path):

@@ -8,8 +8,16 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tests.adapters.cpu_start import forget, pretend_gpus
-from tests.adapters.training import GLOBAL_BATCH, examples, shares_work, trainer_arguments, weights
-from tests.models import tiny_llama
+from tests.adapters.training import (
+    GLOBAL_BATCH,
+    STEPS,
+    examples,
+    float64_llama,
+    shares_work,
+    trainer_arguments,
+    weights,
+)
+from tests.models import tiny_llama, token_blocks
 
 # Without clipping: under expert parallelism alone, transformers 5.23 leaves the gradients of experts 1/ep_size as large
 # as in one process. NorMuon does not see the size of a gradient; the norm that clips all gradients does.
@@ -110,9 +118,26 @@ def train(folder, model, *, resume=None, callbacks=(), **changes):
         weights=weights(trainer.model),
         placements={name: _placement(parameter) for name, parameter in parameters.items()},
         fsdp2=trainer.accelerator.is_fsdp2,
-        shared=hasattr(optimizer, "_plan") and shares_work(optimizer),
+        shared=hasattr(optimizer, "_plans") and shares_work(optimizer),
         log=trainer.state.log_history,
     )
+
+
+def train_alone(folder, seed):
+    """Train on data of one's own where Accelerate sees no accelerator: it is alone then, whatever group there is."""
+    from transformers import Trainer
+
+    from normuon_plugins.hf_trainer import register_normuon
+
+    register_normuon()
+    forget()
+    arguments = trainer_arguments(folder, use_cpu=False)
+    assert arguments.world_size == 1
+    data = token_blocks(STEPS * GLOBAL_BATCH, seed=seed)
+    trainer = Trainer(model=float64_llama(), args=arguments, train_dataset=data)
+    trainer.train()
+    forget()
+    return weights(trainer.model)
 
 
 def _placement(parameter):
