@@ -30,10 +30,9 @@ def hang():
 
 
 @pytest.mark.parametrize("waits", [True, False], ids=["another waits for it", "nobody waits"])
-def test_a_crash_is_told_with_its_signal_and_the_place(waits, capfd):
-    with pytest.raises(AssertionError, match="rank 1 of 2 ended with SIGSEGV"):
+def test_a_crash_is_told_with_its_signal_and_the_place(waits):
+    with pytest.raises(AssertionError, match=r"(?s)rank 1 of 2 ended with SIGSEGV.*in crash"):
         run_ranks(crash, 2, waits)
-    assert "in crash" in capfd.readouterr().err
 
 
 def test_an_exception_is_told_with_its_traceback():
