@@ -28,7 +28,7 @@ class Method:
     Attributes:
         name: Unique, as printed.
         options: Of NorMuon; None is AdamW on everything. ``orthogonalizer`` names one of ``ORTHOGONALIZERS``,
-            and ``cautious_decay`` is ``decay_cautiously``.
+            ``cautious_decay`` is ``decay_cautiously``, and ``adamw_lr_ratio`` is what ``adamw_lr`` is multiplied by.
         unit: How a learning rate of this method compares with that of an update of RMS 0.2, as a function of the width:
             where tuning begins.
     """
@@ -56,6 +56,8 @@ PAPER = {
     "ns_coefficients": "muon",
 }
 MUON = {**PAPER, "normalize_neurons": False}
+# Options of a method that are not NorMuon's.
+OWN_OPTIONS = ("orthogonalizer", "cautious_decay", "adamw_lr_ratio")
 
 METHODS = (
     Method("AdamW", None),
@@ -101,7 +103,8 @@ def make_optimizer(
             {"params": [p for p in trained if id(p) not in hidden], "lr": adamw_lr, "weight_decay": 0.0},
         ]
         return torch.optim.AdamW([group for group in groups if group["params"]], betas=BETAS, fused=True)
-    options = {key: value for key, value in method.options.items() if key not in ("orthogonalizer", "cautious_decay")}
+    options = {key: value for key, value in method.options.items() if key not in OWN_OPTIONS}
+    adamw_lr *= method.options.get("adamw_lr_ratio", 1.0)
     if "orthogonalizer" in method.options:
         options["orthogonalize_fn"] = ORTHOGONALIZERS[method.options["orthogonalizer"]]
     optimizer = build_normuon(model, lr=lr, adamw_lr=adamw_lr, weight_decay=weight_decay, **options, **plan)

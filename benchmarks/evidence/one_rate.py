@@ -18,11 +18,12 @@ ADAMW = "AdamW"
 # Spelled out, so that a changed default changes no method: the ledger knows methods by name.
 FIXED = {**PAPER, "nesterov": True, "adjust_lr_fn": "match_rms_adamw"}
 PROGRESS = {**FIXED, "adjust_lr_fn": "match_progress_adamw"}
-# name -> options of build_normuon; None is torch's AdamW on everything
+# name -> options of build_normuon; None is torch's AdamW on everything. ``adamw_lr_ratio`` is adamw_lr / lr.
 METHODS: dict[str, dict[str, Any] | None] = {
     ADAMW: None,
     "NorMuon, fixed size": FIXED,
     "NorMuon": PROGRESS,
+    "NorMuon, adamw_lr = 2 lr": {**PROGRESS, "adamw_lr_ratio": 2.0},
 }
 # The same from scratch, where ``methods.make_optimizer`` has AdamW's betas for language models.
 PRETRAINING_METHODS = {name: Method(name, options) for name, options in METHODS.items()}
@@ -53,5 +54,7 @@ def make_optimizer(model: nn.Module, method: str, lr: float) -> Optimizer:
             for decays in (True, False)
         ]
         return torch.optim.AdamW([group for group in groups if group["params"]], lr, BETAS, EPS, fused=True)
+    own = {key: value for key, value in options.items() if key != "adamw_lr_ratio"}
     adamw = {"adamw_betas": BETAS, "adamw_eps": EPS, "adamw_weight_decay": DECAY}
-    return build_normuon(model, lr=lr, weight_decay=DECAY, **adamw, **options)
+    adamw_lr = lr * options.get("adamw_lr_ratio", 1.0)
+    return build_normuon(model, lr=lr, adamw_lr=adamw_lr, weight_decay=DECAY, **adamw, **own)
