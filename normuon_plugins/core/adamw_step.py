@@ -124,6 +124,6 @@ def _fits_fused_kernel(*tensors: Tensor) -> bool:
     On CPU it walks their memory, whatever the strides (torch 2.13): an element of a transposed or sliced parameter gets
     another's update, or its neighbours in memory do. It knows no complex numbers anywhere.
     """
-    return all(
-        tensor.device.type in FUSED_DEVICES and tensor.is_contiguous() and not tensor.is_complex() for tensor in tensors
-    )
+    if tensors[0].is_complex():
+        return False
+    return all(tensor.device.type in FUSED_DEVICES and tensor.is_contiguous() for tensor in tensors)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ STATE_KEYS = MOMENTUM | OPTIONAL | {"second_momentum_buffer", "exp_avg", "exp_av
 
 def state_specs(
     parameter: Tensor, group: Mapping[str, Any], *, kahan_sum: bool, stored: torch.dtype | None = None
-) -> dict[str, Spec]:
+) -> Mapping[str, Spec]:
     """Return shape and dtype of each state tensor of a parameter, by its key: the one place that says what there is.
 
     ``momentum_buffer`` (with ``momentum_scale`` where it is int8), ``second_momentum_buffer`` (one value per neuron)
@@ -48,19 +50,34 @@ def state_specs(
         kahan_sum: The option.
         stored: In which momentum is, if not as the group says: ``momentum_dtype`` was changed since.
     """
-    shape, dtype = tuple(parameter.shape), parameter.dtype
-    specs: dict[str, Spec]
+    dtype = parameter.dtype
     if group["algorithm"] == "adamw":
-        specs = {"step": ((), torch.float32), "exp_avg": (shape, dtype), "exp_avg_sq": (shape, dtype)}
-    else:
-        layout = parse_layout(group["layout"])
-        specs = momentum_specs(shape, layout, stored or momentum_dtype(group, dtype))
-        specs["second_momentum_buffer"] = (layout.neuron_state_shape(shape), torch.float32)
-        if group["adjust_lr_fn"] == MATCH_PROGRESS:
-            specs[MEAN_SQUARE_KEY] = (layout.matrix_state_shape(shape), torch.float32)
+        return _specs(tuple(parameter.shape), dtype, None, dtype, False, kahan_sum)
+    stored = stored or momentum_dtype(group, dtype)
+    keeps_mean_square = group["adjust_lr_fn"] == MATCH_PROGRESS
+    return _specs(tuple(parameter.shape), dtype, group["layout"], stored, keeps_mean_square, kahan_sum)
+
+
+@lru_cache(maxsize=4096)  # asked twice per parameter and step, and a model has few shapes
+def _specs(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    layout: str | None,
+    stored: torch.dtype,
+    keeps_mean_square: bool,
+    kahan_sum: bool,
+) -> Mapping[str, Spec]:
+    """Return what ``state_specs`` does; without a layout, AdamW's."""
+    specs: dict[str, Spec] = {"step": ((), torch.float32), "exp_avg": (shape, dtype), "exp_avg_sq": (shape, dtype)}
+    if layout is not None:
+        parsed = parse_layout(layout)
+        specs = momentum_specs(shape, parsed, stored)
+        specs["second_momentum_buffer"] = (parsed.neuron_state_shape(shape), torch.float32)
+        if keeps_mean_square:
+            specs[MEAN_SQUARE_KEY] = (parsed.matrix_state_shape(shape), torch.float32)
     if kahan_sum and dtype in COMPENSATED_DTYPES:
         specs[COMPENSATION] = (shape, dtype)
-    return specs
+    return MappingProxyType(specs)
 
 
 def prepare_state(

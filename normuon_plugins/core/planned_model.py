@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -119,8 +119,7 @@ class PlannedModel:
         if model is None:
             return []
         held = {id(parameter) for group in param_groups for parameter in group["params"]}
-        left_out = any(id(parameter) not in held and parameter.grad is not None for parameter in model.parameters())
-        if not (left_out or is_first_step):
+        if not is_first_step and not _has_other_gradients(model, held):
             return []
         own, present = _by_name(param_groups), self._present()
         if is_first_step and (lost := self._lost(own, present)):
@@ -166,6 +165,15 @@ class PlannedModel:
             and parameter.grad is None
             and (name not in present or present[name].grad is not None)
         ]
+
+
+def _has_other_gradients(model: nn.Module, held: Set[int]) -> bool:
+    """Return whether a parameter that is not held has a gradient. Without names, which take most of the time."""
+    return any(
+        parameter is not None and id(parameter) not in held and parameter.grad is not None
+        for module in model.modules()
+        for parameter in module._parameters.values()
+    )
 
 
 def _by_name(param_groups: Sequence[Group]) -> dict[str, Tensor]:
