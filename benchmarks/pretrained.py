@@ -24,7 +24,7 @@ from evidence.adaptation import Adaptation, adapt
 from evidence.encoding import encoded
 from evidence.one_rate import ADAMW, LORA_METHODS, METHODS
 from evidence.pretrained_models import MODELS, MissingModel, fits
-from evidence.rate_program import add_run_arguments, carry_out, check_run_arguments, report
+from evidence.rate_program import add_run_arguments, carry_out, check_run_arguments, chosen, report
 from evidence.rate_report import Comparison
 from evidence.tasks import TASKS, Task
 from rich.console import Console
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bases = find_runs(args, cache, console)
     if not bases:
         sys.exit("nothing is left to run")
-    methods = [method for method in methods_of(args.lora) if method == ADAMW or re.search(args.only, method)]
+    methods = chosen(methods_of(args.lora), args)
     results = carry_out(args, adapt, [base for _, base in bases], methods, "fine-tuning")
     comparisons = [
         Comparison(

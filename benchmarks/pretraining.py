@@ -12,7 +12,6 @@ seed. Every finished run is a line of the results file: an interrupted benchmark
 from __future__ import annotations
 
 import argparse
-import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 from convergence import default_workers
 from evidence.methods import make_optimizer
 from evidence.one_rate import ADAMW, PRETRAINING_METHODS
-from evidence.rate_program import add_run_arguments, carry_out, check_run_arguments, report
+from evidence.rate_program import add_run_arguments, carry_out, check_run_arguments, chosen, report
 from evidence.rate_report import Comparison
 from evidence.sizes import SIZES
 from evidence.texts import NAMED, tokenized
@@ -89,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console()
     cache = args.results.parent / "cache"
     precision = "bfloat16" if bf16_is_fast() else "float32"
-    methods = [name for name in PRETRAINING_METHODS if name == ADAMW or re.search(args.only, name)]
+    methods = chosen(PRETRAINING_METHODS, args)
     bases = []
     for text in args.texts:
         data = tokenized([text], SIZES[args.size].vocabulary, cache).name

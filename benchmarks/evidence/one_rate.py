@@ -15,6 +15,8 @@ from normuon_plugins import build_normuon
 BETAS, EPS, DECAY = (0.9, 0.999), 1e-8, 0.01
 
 ADAMW = "AdamW"
+# What embeddings, head, norms and biases take on AdamW may be another rate.
+TWICE = "NorMuon, adamw_lr = 2 lr"
 # Spelled out, so that a changed default changes no method: the ledger knows methods by name.
 FIXED = {**PAPER, "nesterov": True, "adjust_lr_fn": "match_rms_adamw"}
 PROGRESS = {**FIXED, "adjust_lr_fn": "match_progress_adamw"}
@@ -23,7 +25,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     ADAMW: None,
     "NorMuon, fixed size": FIXED,
     "NorMuon": PROGRESS,
-    "NorMuon, adamw_lr = 2 lr": {**PROGRESS, "adamw_lr_ratio": 2.0},
+    TWICE: {**PROGRESS, "adamw_lr_ratio": 2.0},
 }
 # The same from scratch, where ``methods.make_optimizer`` has AdamW's betas for language models.
 PRETRAINING_METHODS = {name: Method(name, options) for name, options in METHODS.items()}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from machine import describe_machine
 from rich.console import Console
 
 from evidence.ledger import Ledger
+from evidence.one_rate import ADAMW, TWICE
 from evidence.pool import Pool
 from evidence.rate_report import Comparison, write_report
 from evidence.rate_search import compare
@@ -30,6 +32,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, name: str, steps: int,
         folder: For the files.
     """
     parser.add_argument("--only", default="", metavar="REGEX", help="methods beside AdamW, by name")
+    parser.add_argument("--twice", action="store_true", help=f"also {TWICE!r}")
     parser.add_argument("--steps", type=int, default=steps, help="of a run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--workers", type=int, default=workers, help="runs at once, one thread each")
@@ -44,6 +47,11 @@ def check_run_arguments(parser: argparse.ArgumentParser, args: argparse.Namespac
         parser.error("--seeds takes at least two different numbers: one run has no interval")
     if args.workers < 1 or args.steps < 1:
         parser.error("--workers and --steps begin at 1")
+
+
+def chosen(methods: Iterable[str], args: argparse.Namespace) -> list[str]:
+    """Return the methods that a command line asks for; AdamW is always among them."""
+    return [name for name in methods if name == ADAMW or (re.search(args.only, name) and (args.twice or name != TWICE))]
 
 
 def carry_out(

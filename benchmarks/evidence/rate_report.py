@@ -17,12 +17,13 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from evidence.intervals import confidence, paired_p
-from evidence.one_rate import ADAMW
+from evidence.one_rate import ADAMW, TWICE
 
 # Multiples of AdamW's best learning rate, where every method was run.
 MULTIPLES = {"half": 0.5, "same": 1.0, "twice": 2.0}
 # name of a method without its LoRA policy -> colour, width
 STYLES = {ADAMW: ("0.25", 1.6), "NorMuon, fixed size": ("#5fa8d3", 1.6), "NorMuon": ("#c1121f", 2.2)}
+STYLES[TWICE] = ("#e79aa0", 1.6)
 DASHES = {"": "-", "adamw": ":", "normuon": "-", "b": "--"}
 
 
