@@ -18,7 +18,7 @@ from transformers import get_linear_schedule_with_warmup
 from evidence.one_rate import make_optimizer
 from evidence.pretrained_models import make_model, predict
 from evidence.tasks import TASKS, Task
-from evidence.training import GRADIENT_NORM, WARMUP, load_tokens, pick_device
+from evidence.training import WARMUP, descend, load_tokens, pick_device
 
 EVALUATION_BATCH = 64
 
@@ -92,11 +92,7 @@ def train(model: nn.Module, optimizer: Optimizer, run: Adaptation, data: dict[st
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             break
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        descend(loss, model, optimizer, schedule)
     with autocast:
         held_out_loss, accuracy = judge(model, task, data["held_out"])
     finite = math.isfinite(held_out_loss) and math.isfinite(losses[-1])

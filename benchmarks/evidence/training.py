@@ -14,6 +14,8 @@ import torch
 from corpus import Blocks
 from settings import make_model
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_cosine_schedule_with_warmup
 
 from evidence.methods import find_method, make_optimizer
@@ -111,6 +113,15 @@ def evaluate(model: nn.Module, examples: Tensor, batch_size: int) -> float:
     return (torch.stack(losses).sum() / len(examples)).item()
 
 
+def descend(loss: Tensor, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> None:
+    """Take one step: gradients of ``loss``, clipped; then the schedule's."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+
+
 def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -135,11 +146,7 @@ def fit(
             loss = model(input_ids=batch, labels=batch).loss
         if not math.isfinite(loss.item()):
             break
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        descend(loss, model, optimizer, schedule)
         if step in due:
             with autocast:
                 losses[str(step)] = evaluate(model, validation.to(device), batches.shape[1])
