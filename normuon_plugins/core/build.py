@@ -29,6 +29,12 @@ def check_known(options: Mapping[str, Any], *others: str) -> None:
         raise TypeError(f"unknown options {unknown}; known are {sorted(known.union(others))}.")
 
 
+def take_plan_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Take those of ``plan_parameters`` out of ``options`` and return them; raise ``TypeError`` for unknown ones."""
+    check_known(options)
+    return {name: options.pop(name) for name in PLAN_OPTIONS if name in options}
+
+
 def build_normuon(model: nn.Module, **options: Any) -> NorMuon:
     """Plan the parameters of ``model`` and return the optimizer that trains them.
 
@@ -47,8 +53,7 @@ def build_normuon(model: nn.Module, **options: Any) -> NorMuon:
     between, and the optimizer would train nothing. Every later step warns, once, of a parameter of the model that has a
     gradient and is in no group; see ``add_parameters``.
     """
-    check_known(options)
-    plan_options = {name: options.pop(name) for name in PLAN_OPTIONS if name in options}
+    plan_options = take_plan_options(options)
     plan_options.setdefault("include_frozen", True)
     plan = plan_parameters(model, **plan_options)
     groups, waiting = _divide_frozen(plan)
@@ -79,7 +84,7 @@ def add_parameters(optimizer: NorMuon, model: nn.Module, **options: Any) -> list
         **options: Those of ``plan_parameters``; what ``build_normuon`` was given, if absent.
 
     Returns:
-        The names of the parameters that were added. Frozen ones begin when they are thawed.
+        The names of the parameters that were added. Frozen ones begin when they are thawed, if their kind has a group.
 
     Raises:
         ValueError: See ``plan_parameters`` and ``NorMuon.add_param_group``; nothing was added.
@@ -92,14 +97,18 @@ def add_parameters(optimizer: NorMuon, model: nn.Module, **options: Any) -> list
     added: list[str] = []
     for planned in groups:
         new = [(name, parameter) for name, parameter in planned["params"] if id(parameter) not in held]
+        if not new:
+            continue
         if planned["name"] not in by_name:
             optimizer.add_param_group({**planned, "params": new})
-        elif new:
+        else:
             optimizer._adopt([Thawed(name, parameter, planned["name"]) for name, parameter in new])
         added.extend(name for name, _ in new)
     if model_of is not None:
         model_of.take(added)
-        model_of.wait(waiting)
+        # A group for frozen parameters alone would be one more, which the schedule does not know.
+        kinds = {group.get("name") for group in optimizer.param_groups}
+        model_of.wait({name: kind for name, kind in waiting.items() if kind in kinds})
     return added
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normuon_plugins.core.build import LOGGER, PLAN_OPTIONS, check_known
+from normuon_plugins.core.build import LOGGER, take_plan_options
 from normuon_plugins.core.optimizer import NorMuon
 from normuon_plugins.core.parameter_plan import plan_parameters
 from normuon_plugins.core.planned_groups import planned_groups
@@ -33,8 +33,7 @@ def build_from_groups(model: nn.Module, groups: Iterable[Any], **options: Any) -
     Warns:
         UserWarning: If ``adamw_lr`` or ``adamw_weight_decay`` is given and every group has its own value.
     """
-    check_known(options)
-    plan_options = {name: options.pop(name) for name in PLAN_OPTIONS if name in options}
+    plan_options = take_plan_options(options)
     plan_options["include_frozen"] = True  # whoever put a frozen parameter into a group thaws it later
     plan = plan_parameters(model, **plan_options)
     given = groups if isinstance(groups, Tensor) else list(groups)

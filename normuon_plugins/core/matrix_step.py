@@ -228,16 +228,13 @@ class TeamStep:
             if number not in self._team.copies or all(flags) or not any(flags):
                 continue
             name, blocks = self._team.copies[number]
-            boxes = [(box, rank) for box, rank, flag in zip(blocks.boxes, blocks.ranks, flags, strict=True) if flag]
-            having = {box for box, _ in boxes}
-            lacking = [
-                rank
-                for box, rank, flag in zip(blocks.boxes, blocks.ranks, flags, strict=True)
-                if not flag and box in having
-            ]
+            rows = list(zip(blocks.ranks, blocks.twins, flags, strict=True))
+            having = {twin for _, twin, flag in rows if flag}
+            lacking = [rank for rank, twin, flag in rows if not flag and twin in having]
             if lacking:
+                present = [rank for rank, _, flag in rows if flag]
                 raise RuntimeError(
-                    f"{name!r} has a gradient on ranks {[rank for _, rank in boxes]} and none on ranks {lacking}, which"
+                    f"{name!r} has a gradient on ranks {present} and none on ranks {lacking}, which"
                     " hold the same part of it and share the work of its step. Average the gradients first (DDP does,"
                     " outside no_sync), or let every replica compute its own step: replicas='redundant'."
                 )

@@ -99,7 +99,7 @@ class NorMuon(Optimizer):
 
     Raises:
         ValueError: If an option is out of range, or a parameter does not fit its group; the message names it.
-        TypeError: If a parameter is complex or not floating point.
+        TypeError: If a parameter is not floating point, or complex and not on AdamW.
 
     Attributes:
         skipped_steps: Updates of single parameters left out so far under ``nonfinite="skip"``, in this process.
@@ -198,7 +198,7 @@ class NorMuon(Optimizer):
 
         Raises:
             ValueError: If a value or a parameter is refused; the optimizer is then as it was.
-            TypeError: If a parameter is complex or not floating point.
+            TypeError: If a parameter is not floating point, or complex and not on AdamW.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}.")
@@ -241,7 +241,8 @@ class NorMuon(Optimizer):
         """
         loaded: list[dict[str, Any]] = []
         before = dict(self.state)
-        self._adopt(self._thawed_in(state_dict))
+        thawed = self._thawed_in(state_dict)
+        self._adopt(thawed)
 
         def check_and_complete(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             # torch puts the saved groups in place of ours: with every key of today, which a checkpoint of an older
@@ -263,6 +264,9 @@ class NorMuon(Optimizer):
         )
         try:
             super().load_state_dict(state_dict)
+        except Exception:
+            self._give_back(thawed)
+            raise
         finally:
             for hook in hooks:
                 hook.remove()
@@ -284,7 +288,8 @@ class NorMuon(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch's own zero_grad: a plan, messages and checks are nothing to trace
+    # As torch's own zero_grad: a plan, messages and checks are nothing to trace.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step of every parameter that has a gradient, as torch does, also where it was frozen since.
@@ -373,6 +378,15 @@ class NorMuon(Optimizer):
         for name, parameter, group in thawed:
             groups[group]["params"].append(parameter)
             groups[group].setdefault("param_names", []).append(name)
+
+    def _give_back(self, thawed: Sequence[Thawed]) -> None:
+        """Undo ``_adopt``, which put them last."""
+        groups = {group.get("name"): group for group in self.param_groups}
+        for _, _, group in thawed:
+            groups[group]["params"].pop()
+            groups[group]["param_names"].pop()
+        if self._planned_model is not None:
+            self._planned_model.wait({name: group for name, _, group in thawed})
 
     def _check_members(self) -> list[Member]:
         """Return every parameter that requires or has a gradient; raise if any of them cannot be stepped."""

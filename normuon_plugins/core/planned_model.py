@@ -38,6 +38,9 @@ class PlannedModel:
         waiting: FQNs of those that were frozen, with the names of their groups.
         options: Of ``plan_parameters``, to plan more of the model by.
         left_out: FQNs of those that whoever made the groups put into none.
+
+    Attributes:
+        has_warned: Whether it was said that something is not trained.
     """
 
     def __init__(
@@ -50,15 +53,11 @@ class PlannedModel:
     ) -> None:
         self._model = weakref.ref(model)
         self._planned = set(map(unwrapped_name, planned))
-        self._warned = set(map(unwrapped_name, left_out))
+        self._settled = set(map(unwrapped_name, left_out))  # not to be warned of, or not again
+        self.has_warned = False
         self._waiting: dict[str, str] = {}
         self.options = dict(options)
         self.wait(waiting)
-
-    @property
-    def has_warned(self) -> bool:
-        """Whether it was said that something is not trained."""
-        return bool(self._warned)
 
     def wait(self, waiting: Mapping[str, str]) -> None:
         """Remember parameters that are frozen now, with the names of their groups."""
@@ -139,11 +138,12 @@ class PlannedModel:
         untrained = [
             name
             for name in outside
-            if name not in self._warned
+            if name not in self._settled
             and (is_idle if name in self._waiting else name not in own or own[name].grad is None)
         ]
         if untrained:
-            self._warned.update(untrained)
+            self._settled.update(untrained)
+            self.has_warned = True
             warnings.warn(_untrained_message(untrained), stacklevel=5)  # past check, step and torch's wrapper of it
 
     def _present(self) -> dict[str, Tensor]:

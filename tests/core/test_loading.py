@@ -94,6 +94,25 @@ def test_a_layer_that_was_thawed_in_the_run_is_found_by_the_process_that_resumes
     assert len(resumed.state) == len(list(other.parameters()))
 
 
+def test_a_refused_checkpoint_thaws_nothing():
+    saved = copy.deepcopy(thawing(network()).state_dict())
+    group = next(group for group in saved["param_groups"] if group["algorithm"] == "normuon")
+    group["layout"] = "i o"
+    other = network()
+    other[0].requires_grad_(False)
+    optimizer = build_normuon(other, lr=0.1)
+    names = [list(group["param_names"]) for group in optimizer.param_groups]
+    with pytest.raises(ValueError, match="with layout 'i o' in the checkpoint"):
+        optimizer.load_state_dict(saved)
+    assert [group["param_names"] for group in optimizer.param_groups] == names
+    assert [len(group["params"]) for group in optimizer.param_groups] == [len(each) for each in names]
+    other[0].requires_grad_(True)
+    before = other[0].weight.detach().clone()
+    backward(other)
+    optimizer.step()  # it waited on, and is thawed now
+    assert not torch.equal(other[0].weight, before)
+
+
 def test_a_checkpoint_from_before_the_thaw_loads_while_the_layer_is_frozen():
     model = network()
     model[0].requires_grad_(False)

@@ -130,6 +130,19 @@ def test_what_came_later_is_named_once_and_add_parameters_trains_it():
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
 
 
+def test_frozen_layers_of_other_kinds_add_no_group():
+    model = network()
+    optimizer = build_normuon(model[3:], lr=0.1)
+    model[0].requires_grad_(False)  # an embedding: no group is of its kind
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    groups = len(optimizer.param_groups)
+    assert add_parameters(optimizer, model) == ["1.weight", "1.bias", "2.weight", "2.bias"]
+    loss_of(model).backward()
+    optimizer.step()
+    schedule.step()
+    assert len(optimizer.param_groups) == groups
+
+
 def test_a_head_that_is_replaced_later_is_warned_about():
     model = network()
     optimizer = normuon(model)
